@@ -1,0 +1,103 @@
+"""`BlockFormat`: the one place that knows how many bits, bytes and words a quantised tensor has.
+
+The layout. A tensor is read in row-major order. `group` consecutive elements are packed together into `words` 32-bit
+words; a word has `planes = 32 // bits` fields, and field `k` of word `j` holds element `k * words + j` of its group. So
+plane `k` of a group is a run of `words` consecutive elements, and packing is a loop over `j` with unit stride in every
+load and store: no lane ever needs a neighbour's value, neither in a Triton program nor in a SIMD register.
+
+`block` consecutive elements share a minimum and a maximum. A group holds one block, or several blocks of whole planes:
+short blocks then still fill a vector register, and rows of an odd width (47, 100) can be one plane each.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Levels = Literal["uniform", "variance-minimising"]
+
+BITS = (1, 2, 4, 8)
+LEVELS: tuple[Levels, ...] = ("uniform", "variance-minimising")
+METADATA = (torch.float32, torch.bfloat16)
+LANES = 8  # 32-bit lanes of an AVX2 register: the least `words` that a vectorised loop over `j` fills
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """A block-wise quantised number format.
+
+    Args:
+        bits: bits per element, 1, 2, 4 or 8.
+        block: elements that share one minimum and one maximum, at least 1.
+        levels: "uniform", or "variance-minimising" for a block modelled as a clipped normal (i-EXACT, eq. 6 to 9).
+        metadata: dtype in which a block's minimum and maximum are kept, `torch.float32` or `torch.bfloat16`.
+        words: 32-bit words per group; 0 chooses it from `block`.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    """
+
+    bits: int = 2
+    block: int = 256
+    levels: Levels = "uniform"
+    metadata: torch.dtype = torch.float32
+    words: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}")
+        if not isinstance(self.block, int) or self.block < 1:
+            raise ValueError(f"block must be a positive integer, got {self.block!r}")
+        if self.levels not in LEVELS:
+            raise ValueError(f"levels must be one of {LEVELS}, got {self.levels!r}")
+        if self.metadata not in METADATA:
+            raise ValueError(f"metadata must be torch.float32 or torch.bfloat16, got {self.metadata!r}")
+        if self.words == 0:
+            object.__setattr__(self, "words", self._default_words())
+        slots = self.planes * self.words
+        whole_planes = slots % self.block == 0 and self.block % self.words == 0
+        if not whole_planes and not self.block <= slots < self.block + self.planes:
+            raise ValueError(
+                f"words={self.words} does not fit block={self.block}: a group of {slots} slots must hold one block, or "
+                f"several blocks of whole planes of {self.words} elements; pass words=0 to choose it automatically"
+            )
+
+    def _default_words(self) -> int:
+        short = self.block < self.planes * LANES
+        if short and (self.planes * LANES) % self.block == 0 and self.block % LANES == 0:
+            return LANES
+        return -(-self.block // self.planes)
+
+    @property
+    def planes(self) -> int:
+        """Elements per 32-bit word."""
+        return 32 // self.bits
+
+    @property
+    def top(self) -> int:
+        """The largest code, `2**bits - 1` (B in the papers)."""
+        return (1 << self.bits) - 1
+
+    @property
+    def group(self) -> int:
+        """Consecutive elements that are packed into one run of `words` words."""
+        slots = self.planes * self.words
+        return slots if slots % self.block == 0 else self.block
+
+    @property
+    def blocks_per_group(self) -> int:
+        return self.group // self.block
+
+    def groups(self, numel):
+        """Groups of a tensor of `numel` elements (an int or a SymInt; nothing is guarded on)."""
+        return (numel + self.group - 1) // self.group
+
+    def nbytes(self, numel):
+        """Bytes that `numel` elements take: words and metadata, the unused end of the last group included."""
+        metadata = 2 * self.blocks_per_group * self.metadata.itemsize
+        return self.groups(numel) * (4 * self.words + metadata)
+
+
+def bit_words(numel, words: int):
+    """Shape `(groups, words)` of `numel` booleans packed to one bit each, `32 * words` to a group."""
+    return (numel + 32 * words - 1) // (32 * words), words
