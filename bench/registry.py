@@ -1,0 +1,53 @@
+"""The cases: functions that measure something, print a table, and return what goes into their JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line hands to every case.
+
+    quick: a tiny problem that shows that the case works, its numbers mean nothing. variants: which to run, all when
+    empty. steps and seeds: None for the case's own number. out: the folder of results.
+    """
+
+    out: Path
+    quick: bool = False
+    variants: Sequence[str] = ()
+    steps: int | None = None
+    seeds: int | None = None
+    console: Console = field(default_factory=Console)
+
+    def pick(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that were asked for, in their own order."""
+        return [n for n in names if not self.variants or n in self.variants]
+
+
+Run = Callable[[Options], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    title: str
+    run: Run
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(name: str, title: str) -> Callable[[Run], Run]:
+    """Registers the decorated function as a case."""
+
+    def register(run: Run) -> Run:
+        CASES[name] = Case(name, title, run)
+        return run
+
+    return register

@@ -1,0 +1,146 @@
+"""The ways to train that are compared: ours and the baselines, equal entries of one registry.
+
+A variant turns a model into the callable that is trained. It may set process-wide options of torch, so every variant
+runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bench import _torch
+from bench.models import Stack
+
+Prepare = Callable[[Stack], Callable[..., Tensor]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """name: on the command line and in tables. gradient_error: the largest relative error of the gradients, against
+    eager ones without dropout, at which the variant still counts as right. checkpointed: the model recomputes by layer.
+    """
+
+    name: str
+    note: str
+    prepare: Prepare
+    gradient_error: float
+    checkpointed: bool = False
+
+
+VARIANTS: dict[str, Variant] = {}
+EXACT = 1e-3  # float32 sums in another order, through BatchNorm, stay far below
+ROUNDED = 0.5  # a wrong gradient has an error of about 1 or more; a rounded one's is reported, not judged further
+
+
+def variant(
+    name: str, note: str, gradient_error: float = EXACT, checkpointed: bool = False
+) -> Callable[[Prepare], Prepare]:
+    """Registers the decorated function as a variant."""
+
+    def register(prepare: Prepare) -> Prepare:
+        VARIANTS[name] = Variant(name, note, prepare, gradient_error, checkpointed)
+        return prepare
+
+    return register
+
+
+@variant("eager", "no compiler")
+def _eager(model: Stack) -> Callable[..., Tensor]:
+    return model
+
+
+@variant("inductor", "plain torch.compile")
+def _inductor(model: Stack) -> Callable[..., Tensor]:
+    return torch.compile(model)
+
+
+@variant("budget-0.5", "torch.compile, activation_memory_budget 0.5")
+def _budget_half(model: Stack) -> Callable[..., Tensor]:
+    _torch.set_recompute_budget(0.5)
+    return torch.compile(model)
+
+
+@variant("budget-0.2", "torch.compile, activation_memory_budget 0.2")
+def _budget_fifth(model: Stack) -> Callable[..., Tensor]:
+    _torch.set_recompute_budget(0.2)
+    return torch.compile(model)
+
+
+@variant("checkpoint", "torch.utils.checkpoint of every layer, under torch.compile", checkpointed=True)
+def _checkpoint(model: Stack) -> Callable[..., Tensor]:
+    return torch.compile(model)
+
+
+@variant("fp8", "torch.compile with Inductor's fp8 activation pass", ROUNDED)
+def _fp8(model: Stack) -> Callable[..., Tensor]:
+    quantization = {
+        "quant_type": "torch.float8_e5m2",
+        "use_scaling": True,  # its default differs between forward and backward
+        "size_in_mb": 1.0,
+        "exclude_primals": True,
+        "allowed_dtypes": "torch.float32;torch.bfloat16",
+    }
+    options: dict[str, Any] = {"post_grad_fusion_options": {"activation_quantization_aten_pass": quantization}}
+    return torch.compile(model, options=options)
+
+
+@variant("hooks-int8", "torch.compile, saved-tensor hooks that keep 8 bits per element, one scale per row", ROUNDED)
+def _hooks(model: Stack) -> Callable[..., Tensor]:
+    return with_row_hooks(torch.compile(model))
+
+
+def with_row_hooks(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Runs a compiled model under saved-tensor hooks that AOTAutograd inlines: 8 bits an element, by rows."""
+    pack, unpack = _hook(_pack_rows, "pack-rows-8"), _hook(_unpack_rows, "unpack-rows-8")
+
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return compiled(*inputs)
+
+    return run
+
+
+@variant("lossless", "actcompile, lossless codecs only")
+def _lossless(model: Stack) -> Callable[..., Tensor]:
+    return _actcompile(model, bits=None, nonlinear_bits=None)
+
+
+@variant("default", "actcompile with its defaults", ROUNDED)
+def _default(model: Stack) -> Callable[..., Tensor]:
+    return _actcompile(model)
+
+
+@variant("2-bit", "actcompile, 2 bits for every float", ROUNDED)
+def _two_bits(model: Stack) -> Callable[..., Tensor]:
+    return _actcompile(model, bits=2, nonlinear_bits=2)
+
+
+def _actcompile(model: Stack, **fields: Any) -> Callable[..., Tensor]:
+    return torch.compile(model, backend="actcompile", options=fields)
+
+
+def _hook(function: Callable[[Any], Any], key: str) -> fx.GraphModule:
+    """AOTAutograd inlines hooks that are graph modules; one node that calls a Python function may look at the dtype."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("saved"),)))
+    return _torch.attach_cache_key(fx.GraphModule(torch.nn.Module(), graph), key)
+
+
+def _pack_rows(saved: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    if not saved.is_floating_point() or saved.dim() < 2:
+        return saved
+    low, high = saved.amin(-1, keepdim=True), saved.amax(-1, keepdim=True)
+    scale = ((high - low) / 255).clamp_min(1e-20)
+    return ((saved - low) / scale).round().to(torch.uint8), low, scale
+
+
+def _unpack_rows(packed: Tensor | tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    codes, low, scale = packed
+    return codes * scale + low
