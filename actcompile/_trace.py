@@ -43,7 +43,7 @@ Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
 
 _NO_VALUE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 # What torch says, as a plain RuntimeError or the like, when Python reaches for the data of a tensor that has none.
-_NO_VALUE_TEXTS = ("data pointer", "not supported for tensor subclasses", "with torch.utils._python_dispatch")
+_NO_VALUE_TEXTS = ("data pointer", "not supported for tensor subclasses")
 
 
 @dataclass(frozen=True)
