@@ -1,0 +1,118 @@
+"""`compress`, `explain` and the `torch.compile` backend."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import _trace
+from .backend import analyse, compile_graph
+from .config import Config
+from .report import GraphReport, Report
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_configs: "weakref.WeakKeyDictionary[nn.Module, Config]" = weakref.WeakKeyDictionary()
+_compiled = WeakTensorKeyDictionary()  # parameter or buffer -> the reports of the graphs that take it
+
+
+def compress(model: Module, config: Config | None = None, *, dynamic: bool | None = None, **options: Any) -> Module:
+    """Has `model` trained through `torch.compile` with its saved activations compressed.
+
+    The same module object comes back: its parameters, `state_dict`, hooks and class are untouched, and only calling it
+    changes. A `copy.deepcopy` of it is an uncompressed copy.
+
+    Args:
+        model: any module that `torch.compile` can trace.
+        config: a `Config`; `options` change single fields of it.
+        dynamic: as in `torch.compile`: True for sizes that change from the first call on, None to find out.
+        options: fields of `Config`, such as `bits=4` or `rules={"head": actcompile.bits(8)}`.
+
+    Raises:
+        TypeError, ValueError: the model is no module, or a field is wrong; the message names it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; for a function use "
+            'torch.compile(function, backend="actcompile")'
+        )
+    made = Config.make(config, **options)
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError("model is compiled already; pass the module itself to compress, before torch.compile")
+    model.compile(backend=_backend_with(made), dynamic=dynamic)
+    _configs[model] = made
+    return model
+
+
+def backend(gm: fx.GraphModule, inputs: list[Any], *, options: dict[str, Any] | None = None, **_: Any) -> Any:
+    """The backend behind `torch.compile(model, backend="actcompile", options={...})`; options are fields of `Config`."""
+    return _compile(gm, inputs, Config.make(**(options or {})))
+
+
+def _backend_with(config: Config) -> Callable[..., Any]:
+    def actcompile(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        return _compile(gm, inputs, config)
+
+    return actcompile
+
+
+def _compile(gm: fx.GraphModule, inputs: list[Any], config: Config) -> Any:
+    compiled, reports = compile_graph(gm, inputs, config)
+    for tensor in [*inputs, *gm.parameters(), *gm.buffers()]:
+        if isinstance(tensor, nn.Parameter) or getattr(tensor, "_dynamo_static_input_type", None):
+            _compiled.setdefault(tensor, []).extend(reports)
+    return compiled
+
+
+def explain(
+    model: Callable[..., Any],
+    *inputs: Any,
+    config: Config | None = None,
+    dynamic: bool | None = None,
+    options: dict[str, Any] | None = None,
+    **keywords: Any,
+) -> Report:
+    """Tells what is saved for backward, in how many bytes, how it is kept, and why.
+
+    With inputs, the model is traced as `torch.compile` would, without running it and without allocating its
+    activations: inputs may also be fake or meta tensors. Without inputs, the report is of what was compiled when the
+    model ran, also where that came from a warm compile cache.
+
+    Args:
+        model: a module, compressed or not, a compiled one, or a function.
+        inputs, keywords: what the model is called with.
+        config, options: the config to explain; by default that of `compress`, or the defaults.
+        dynamic: as in `torch.compile`.
+
+    Raises:
+        ValueError: without inputs, for a function: only a module's compiled graphs can be told from others.
+    """
+    module = getattr(model, "_orig_mod", model)
+    if not inputs and not keywords:
+        return _explain_compiled(module)
+    known = _configs.get(module) if isinstance(module, nn.Module) else None
+    made = Config.make(config or known, **(options or {}))
+    graphs: list[GraphReport] = []
+
+    def trace(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        graphs.extend(analyse(gm, example_inputs, made))
+        return gm.forward
+
+    result = _trace.trace(module, inputs, keywords, trace, dynamic=dynamic)
+    notes = [f"graph break: {reason}" for reason in result.breaks]
+    notes += [f"sizes of {op} depend on data and were taken at their largest" for op in result.estimated]
+    if result.stopped:
+        notes.append(f"the trace ended here: {result.stopped}")
+    return Report(tuple(graphs), tuple(notes))
+
+
+def _explain_compiled(module: Any) -> Report:
+    if not isinstance(module, nn.Module):
+        raise ValueError("explain(function) needs the function's inputs: explain(function, *inputs)")
+    graphs: list[GraphReport] = []
+    for tensor in [*module.parameters(), *module.buffers()]:
+        graphs += [g for g in _compiled.get(tensor, []) if not any(g is known for known in graphs)]
+    return Report(tuple(graphs))

@@ -1,0 +1,185 @@
+"""The whole pipeline, top to bottom: from a joint graph to the rewritten forward and backward graphs, and to a backend."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import actcompile.kernels
+import actcompile.passes
+from actcompile.passes import _torch
+from actcompile.passes.bias import bias
+from actcompile.passes.find import find
+from actcompile.passes.lower import lower
+from actcompile.passes.masks import masks
+from actcompile.passes.plan import plan
+from actcompile.passes.rewrite import rewrite
+from actcompile.passes.split import Split
+from actcompile.passes.verify import verify
+
+from . import _log, _report_cache
+from .config import Config
+from .report import GraphReport, record
+
+_reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
+
+
+def partition(
+    joint: fx.GraphModule, inputs: Sequence[object], *, config: Config, num_fwd_outputs: int, **options: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Partitions a joint graph as torch does, then rewrites both graphs so that saved activations are kept encoded.
+
+    Args:
+        joint, inputs, num_fwd_outputs, options: as torch's `min_cut_rematerialization_partition` takes them.
+        config: how activations are kept.
+    """
+    forward, backward = _torch.min_cut_rematerialization_partition(
+        joint, inputs, num_fwd_outputs=num_fwd_outputs, **options
+    )
+    split = Split(forward, backward, num_fwd_outputs)
+    outputs, gradients = list(split.user_outputs), _number_of_outputs(backward)
+    saved_by_torch = find(split)
+
+    masks(split)
+    activations = find(split)
+    floats = [a.placeholder for a in activations if a.refusal is None and a.value.is_floating_point()]
+    dependences = bias(backward.graph, floats)
+    chosen = plan(activations, dependences, config.policy())
+    rewrite(split, chosen)
+    split.finish()
+    verify(split, chosen, outputs, gradients)
+
+    report = record(split, chosen, saved_by_torch, config.inner)
+    _report_cache.attach(joint, asdict(report))
+    _announce(report)
+    if config.inner == "inductor":
+        lower(split)
+    return split.forward, split.backward
+
+
+def _number_of_outputs(graph_module: fx.GraphModule) -> int:
+    returned = graph_module.graph.output_node().args[0]
+    return len(returned) if isinstance(returned, (list, tuple)) else 1
+
+
+def _announce(report: GraphReport) -> None:
+    reports = _reports.get()
+    if reports is not None:
+        reports.append(report)
+    _log.graph(report)
+
+
+@contextmanager
+def recording() -> Iterator[list[GraphReport]]:
+    """Collects the reports of the graphs that are partitioned inside the block."""
+    reports: list[GraphReport] = []
+    token = _reports.set(reports)
+    try:
+        yield reports
+    finally:
+        _reports.reset(token)
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of everything that decides how a graph is rewritten; part of the compile caches' key."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for package in (actcompile.kernels, actcompile.passes, actcompile):
+        for file in sorted(Path(package.__path__[0]).glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+class Partitioner(_torch.CustomPartitionerFn):
+    """`partition` as Inductor takes it. It is pickled into the compile caches' key, so it holds the config and no more."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Partitioner, (self.config,)
+
+    def uuid(self) -> tuple[str, ...]:
+        return "actcompile", source_hash(), repr(self.config)
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return partition(gm, joint_inputs, config=self.config, **kwargs)
+
+
+def compile_graph(gm: fx.GraphModule, inputs: list[Any], config: Config) -> tuple[Callable[..., Any], list[GraphReport]]:
+    """Compiles one graph of Dynamo's; returns the callable and the reports of what was done to it (none without
+    gradients).
+
+    Raises:
+        RuntimeError: the machine lacks a compiler that Inductor needs; the message says what to install.
+    """
+    if config.inner == "aot_eager":
+        compiler = _torch.aot_autograd(
+            fw_compiler=_torch.boxed_nop,
+            bw_compiler=_torch.boxed_nop,
+            partition_fn=functools.partial(partition, config=config),
+            decompositions=_torch.select_decomp_table(),
+            keep_inference_input_mutations=True,
+        )
+        with recording() as reports:
+            return compiler(gm, inputs), reports
+    check_compilers(inputs)
+    with recording() as reports:
+        compiled = _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": Partitioner(config)})
+    if not reports:  # from the cache, where the report is too, or a graph without backward
+        cached = _report_cache.attached(compiled)
+        if cached is not None:
+            reports = [GraphReport.from_dict(cached)]
+    return compiled, reports
+
+
+def check_compilers(inputs: Sequence[Any]) -> None:
+    """Says early, and in words, what Inductor would stumble over."""
+    devices = {t.device.type for t in inputs if isinstance(t, torch.Tensor)}
+    if "cuda" in devices:
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            raise RuntimeError(
+                "compiling for CUDA needs Triton, which is not installed: pip install triton, or pass "
+                'inner="aot_eager" to run the rewritten graphs without a compiler'
+            ) from None
+    elif "cpu" in devices:
+        try:
+            _torch.get_cpp_compiler()
+        except _torch.InvalidCxxCompiler:
+            raise RuntimeError(
+                "compiling for the CPU needs a C++ compiler, and none was found: install g++ or clang, or set CXX to "
+                'one, or pass inner="aot_eager" to run the rewritten graphs without a compiler'
+            ) from None
+
+
+def analyse(gm: fx.GraphModule, inputs: list[Any], config: Config) -> list[GraphReport]:
+    """Does to a graph what `compile_graph` does up to the rewritten graphs, and compiles nothing."""
+
+    def split(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        if config.inner == "aot_eager":
+            return partition(joint, joint_inputs, config=config, **kwargs)
+        with _torch.inductor_config.patch(custom_partitioner_fn=Partitioner(config)):
+            return _torch.inductor_partition(joint, joint_inputs, **kwargs)
+
+    compiler = _torch.aot_autograd(
+        fw_compiler=_torch.boxed_nop,
+        bw_compiler=_torch.boxed_nop,
+        partition_fn=split,
+        decompositions=_torch.select_decomp_table(),
+    )
+    with recording() as reports:
+        compiler(gm, inputs)
+    return reports
+
+

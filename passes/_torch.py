@@ -1,0 +1,148 @@
+"""Every use of a private part of torch, in one place: a new torch breaks this file and no other.
+
+Read and tried with torch 2.13.0, 2.11.0 and 2.14.1 compared, unless a line says otherwise.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+
+# The backend that runs graphs as they are, giving up its arguments as it goes (so that memory is freed).
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+
+# Descriptor of a forward output that is saved for backward; `output.meta["desc"]` must list one per output (2.11+).
+from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
+
+# torch's own min-cut; it keeps effects, mutations and collectives right, we rewrite what it returns.
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+# The fake mode of a graph's values, needed to compute the fake values of inserted nodes.
+from torch._guards import detect_fake_mode
+
+# Opaque values (process groups and the like) have their own place among the saved values (2.13; absent in 2.11).
+try:
+    from torch._library.opaque_object import is_opaque_value
+except ImportError:
+
+    def is_opaque_value(value: Any) -> bool:
+        return False
+
+
+# Inductor, its joint passes with whatever partitioner is configured, and the class such a partitioner must have.
+import torch._inductor.config as inductor_config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import partition_fn as inductor_partition
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+# Nodes inserted after the trace must be decomposed by us as Inductor would have ("both a fallback and a decomp").
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InvalidCxxCompiler
+
+# What TORCH_TRACE writes and tlparse reads.
+from torch._logging import trace_structured
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+# Turns a sympy expression into graph nodes; torch's own runtime-assert pass uses it so.
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+__all__ = [
+    "CustomPartitionerFn",
+    "InvalidCxxCompiler",
+    "aot_autograd",
+    "boxed_nop",
+    "compile_fx",
+    "decompose",
+    "detect_fake_mode",
+    "expression",
+    "fake_values",
+    "get_cpp_compiler",
+    "inductor_config",
+    "inductor_partition",
+    "is_opaque_value",
+    "known_true",
+    "min_cut_rematerialization_partition",
+    "saved_descriptor",
+    "select_decomp_table",
+    "size_hint",
+    "size_node",
+    "trace_artefact",
+    "unset_fake_temporarily",
+]
+
+
+def trace_artefact(name: str, encoding: str, payload: Any) -> None:
+    """Adds an artefact to torch's structured trace (TORCH_TRACE), where one is being written."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+def saved_descriptor(position: int) -> Any:
+    return SavedForBackwardsAOTOutput(position)
+
+
+def size_hint(size: Any, fallback: int = 4096) -> int:
+    """The value that a symbolic size had when it was traced, or a guess; never guards."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)  # SymNode.hint: None for unbacked sizes
+    return int(hint) if isinstance(hint, int) else fallback
+
+
+def known_true(condition: Any) -> bool:
+    """Whether a symbolic condition is true for all sizes; never guards."""
+    return statically_known_true(condition)
+
+
+def expression(size: Any) -> Any:
+    """The sympy expression of a size."""
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+@contextmanager
+def fake_values(graph: torch.fx.Graph) -> Iterator[Any]:
+    """Enters the fake mode that the graph's values belong to."""
+    values = [v for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
+    mode = detect_fake_mode(values)
+    if mode is None:
+        raise RuntimeError("the graph's nodes carry no fake tensors in meta['val']; was it traced by AOTAutograd?")
+    with mode:
+        yield mode
+
+
+def decompose(function: Any, values: list[Any]) -> torch.fx.GraphModule:
+    """Traces `function` on fake values (tensors and sizes) into aten ops, with Inductor's decompositions."""
+    with detect_fake_mode(values):
+        return make_fx(function, decomposition_table=select_decomp_table())(*values)
+
+
+def size_node(expr: Any, symbols: Mapping[Any, torch.fx.Node]) -> Any:
+    """Builds the nodes that compute a size from its symbols' nodes, at the graph's insertion point.
+
+    Returns:
+        an int, or a node whose `meta["val"]` is the SymInt.
+    """
+    if expr.is_Integer:
+        return int(expr)
+    if expr in symbols:
+        return symbols[expr]
+    tracer = torch.fx.proxy.GraphAppendingTracer(next(iter(symbols.values())).graph)
+    proxies = {symbol: torch.fx.Proxy(node, tracer) for symbol, node in symbols.items() if symbol in expr.free_symbols}
+    node = sympy_interp(PythonReferenceAnalysis, proxies, expr).node
+    for made in reversed(list(_without_value(node))):
+        arguments = torch.fx.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
+        made.meta["val"] = made.target(*arguments[0], **arguments[1])
+    return node
+
+
+def _without_value(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    if "val" not in node.meta:
+        yield node
+        for argument in node.all_input_nodes:
+            yield from _without_value(argument)

@@ -1,0 +1,203 @@
+"""`find`: every saved activation, where it comes from, what it weighs, and who uses it in backward."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from . import _torch
+from .split import Split, is_tensor, root
+
+aten = torch.ops.aten
+
+INDEX_ARGUMENT = {  # op -> (position of the index, position of the indexed tensor, position of the dimension)
+    aten.gather.default: (2, 0, 1),
+    aten.index_select.default: (2, 0, 1),
+    aten.scatter_add.default: (2, 0, 1),
+    aten.scatter.src: (2, 0, 1),
+    aten.scatter.value: (2, 0, 1),
+    aten.scatter_reduce.two: (2, 0, 1),
+    aten.index_add.default: (2, 0, 1),
+}
+
+
+@dataclass(frozen=True)
+class SavedActivation:
+    """One value that forward hands to backward.
+
+    Attributes:
+        node: the forward node; its identity.
+        placeholder: the backward input that receives it.
+        module: path of the submodule that made it, such as `convs.0`.
+        source: user source line, such as `model.py:12 x = conv(x, edge_index)`.
+        op: what made it, such as `aten.add.Tensor`.
+        uses: names of the backward ops that use it.
+        nbytes: bytes of memory that saving it costs; zero where another value pays for the same memory.
+        refusal: why it can't be compressed, or None.
+        bound: for an integer index, a size that its absolute value never exceeds (may be symbolic), else None.
+    """
+
+    node: fx.Node
+    placeholder: fx.Node
+    module: str
+    source: str
+    op: str
+    uses: tuple[str, ...]
+    nbytes: int
+    refusal: str | None
+    bound: object = None
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.node.meta["val"]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements, at the sizes of the trace."""
+        return numel_hint(self.value)
+
+
+def numel_hint(value: torch.Tensor) -> int:
+    numel = 1
+    for size in value.shape:
+        numel *= _torch.size_hint(size)
+    return numel
+
+
+def find(split: Split) -> list[SavedActivation]:
+    """Lists the saved values of `split` that are tensors, in the order of the forward's outputs."""
+    user_outputs = {root(n) for n in split.user_outputs if isinstance(n, fx.Node)}
+    tensors = [n for n, _ in split.pairs if is_tensor(n)]
+    roots = [root(n) for n in tensors]
+    shared = {r for r in roots if roots.count(r) > 1 and r.op != "placeholder"}
+    paid: set[fx.Node] = set()
+    found = []
+    for node, placeholder in split.pairs:
+        if not is_tensor(node):
+            continue
+        base = root(node)
+        refusal = _refusal(node, base, user_outputs)
+        if refusal is None and base in shared:
+            refusal = "shares its memory with another saved activation"
+        free = base.op == "placeholder" or base in user_outputs or base in paid
+        storage = base.meta["val"] if is_tensor(base) else node.meta["val"]
+        nbytes = 0 if free else numel_hint(storage) * storage.dtype.itemsize
+        paid.add(base)
+        found.append(
+            SavedActivation(
+                node=node,
+                placeholder=placeholder,
+                module=module_path(node),
+                source=source_line(node),
+                op=str(node.target) if node.op != "placeholder" else "input",
+                uses=tuple(dict.fromkeys(op_name(u) for u in placeholder.users)),
+                nbytes=nbytes,
+                refusal=refusal,
+                bound=_bound(placeholder),
+            )
+        )
+    return found
+
+
+def _refusal(node: fx.Node, base: fx.Node, user_outputs: set[fx.Node]) -> str | None:
+    value = node.meta["val"]
+    if base.op == "placeholder":
+        kind = "an input, parameter or buffer" if base is node else "a view of an input, parameter or buffer"
+        return f"{kind}: alive anyway"
+    if base.op == "get_attr":
+        return "a constant of the graph: alive anyway"
+    if base in user_outputs:
+        return "the model returns it, or a view of it"
+    if value.layout is not torch.strided:
+        return f"layout {value.layout} is not handled"
+    if value.is_floating_point() and value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {value.dtype} is not handled"
+    if value.is_complex():
+        return "complex numbers are not handled"
+    if dense_order(value) is None:
+        return "strides are not those of a dense tensor"
+    return None
+
+
+def dense_order(value: torch.Tensor) -> list[int] | None:
+    """The permutation of dimensions that makes a dense tensor contiguous; None where strides overlap or leave gaps.
+
+    Decided without guards: what can't be shown for all sizes counts as not dense.
+    """
+    remaining = list(range(value.dim()))
+    order: list[int] = []
+    expected: object = 1
+    while remaining:
+        units = [d for d in remaining if _torch.known_true(value.shape[d] == 1)]
+        match = units or [d for d in reversed(remaining) if _torch.known_true(value.stride(d) == expected)]
+        if not match:
+            return None
+        order.append(match[0])
+        remaining.remove(match[0])
+        expected = expected * value.shape[match[0]]  # type: ignore[operator]
+    order.reverse()
+    return order
+
+
+def _bound(placeholder: fx.Node) -> object:
+    """A size that bounds a saved index, from an op in backward that indexes with it (through views)."""
+    value = placeholder.meta["val"]
+    if value.dtype not in (torch.int64, torch.int32) or value.dim() == 0:
+        return None
+    seen, todo = {placeholder}, [placeholder]
+    while todo:
+        index = todo.pop()
+        for user in index.users:
+            bound = _indexed_size(user, index)
+            if bound is not None:
+                return bound
+            views = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.reshape.default)
+            if user.target in views and user not in seen:  # the whole index goes through: its values are all bounded
+                seen.add(user)
+                todo.append(user)
+    return None
+
+
+def _indexed_size(user: fx.Node, index: fx.Node) -> object:
+    if user.target in INDEX_ARGUMENT:
+        where, tensor, dim = INDEX_ARGUMENT[user.target]
+        if len(user.args) > where and user.args[where] is index:
+            return user.args[tensor].meta["val"].shape[user.args[dim]]  # type: ignore[union-attr, index]
+    if user.target in (aten.index.Tensor, aten.index_put.default, aten._unsafe_index.Tensor):
+        for dim, given in enumerate(user.args[1]):  # type: ignore[arg-type]
+            if given is index and all(i is not None for i in user.args[1][:dim]):  # type: ignore[index]
+                return user.args[0].meta["val"].shape[dim]  # type: ignore[union-attr]
+    return None
+
+
+def op_name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_function" else node.op
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that a node was traced in, as `named_modules` spells it; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"^L\['[^']*'\]|^L__self__|^self", "", path)
+    path = re.sub(r"_(modules|parameters|buffers)\['([^']*)'\]", r"\2", path)
+    path = re.sub(r"\['([^']*)'\]|\[(\d+)\]", r".\1\2", path)
+    return path.replace("..", ".").strip(".")
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of user code that a node was traced from, as `file:line code`."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
+    for file, line, code in reversed(frames):
+        if not _is_library(file):
+            return f"{file.rsplit('/', 1)[-1]}:{line} {code.strip()}"
+    return ""
+
+
+def _is_library(file: str) -> bool:
+    parts: Sequence[str] = file.replace("\\", "/").split("/")
+    return "site-packages" in parts or "torch" in parts or any(p.startswith("torch_geometric.") for p in parts)

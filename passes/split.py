@@ -1,0 +1,124 @@
+"""`Split`: the forward and the backward graph, and which output of the one is which input of the other."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import _torch
+
+
+class Split:
+    """A partitioned joint graph, as AOTAutograd's contract has it.
+
+    The forward graph returns the user's outputs, then what is saved: tensors with version check, tensors without, opaque
+    values, symbolic sizes. The backward graph takes the symbolic sizes first, then the others in the same order, then
+    tangents. `pairs` lists, in the forward's order, every saved node with its backward placeholder; passes change it
+    through the methods below, and `finish` writes it back.
+
+    Args:
+        forward, backward: what torch's partitioner returned; both are changed in place.
+        outputs: number of the forward's outputs that are not saved activations.
+    """
+
+    def __init__(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> None:
+        self.forward, self.backward = forward, backward
+        self.output = forward.graph.output_node()
+        returned = list(self.output.args[0])  # type: ignore[arg-type]
+        self.user_outputs: list[Any] = returned[:outputs]
+        placeholders = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
+        self.pairs: list[tuple[fx.Node, fx.Node]] = []
+        for node in returned[outputs:]:
+            if not isinstance(node, fx.Node) or node.name not in placeholders:
+                raise ValueError(f"the saved value {node} of the forward graph is no input of the backward graph")
+            self.pairs.append((node, placeholders[node.name]))
+        saved = {placeholder for _, placeholder in self.pairs}
+        self.runtime_inputs = [n for n in placeholders.values() if n not in saved]  # tangents, random states
+
+    def origin(self) -> dict[fx.Node, fx.Node]:
+        """From backward placeholder to the forward node whose value it has."""
+        return {placeholder: node for node, placeholder in self.pairs}
+
+    def save(self, node: fx.Node, name: str, like: fx.Node | None = None) -> fx.Node:
+        """Saves one more forward node; returns its backward placeholder.
+
+        `like` is a saved node in whose place, before which, it goes; without it, it goes before all saved tensors.
+        """
+        position = next(
+            (i for i, (n, _) in enumerate(self.pairs) if n is like or (like is None and is_tensor(n))), len(self.pairs)
+        )
+        graph = self.backward.graph
+        first = self.pairs[position][1] if position < len(self.pairs) else self._first_runtime_input()
+        with graph.inserting_before(first):
+            placeholder = graph.placeholder(name)
+        placeholder.meta["val"] = node.meta["val"]
+        if like is not None and like.meta.get("saved_tensor_with_no_vc_check"):
+            node.meta["saved_tensor_with_no_vc_check"] = True
+        self.pairs.insert(position, (node, placeholder))
+        return placeholder
+
+    def _first_runtime_input(self) -> fx.Node:
+        return self.runtime_inputs[0] if self.runtime_inputs else next(iter(self.backward.graph.nodes))
+
+    def drop(self, placeholder: fx.Node) -> None:
+        """Saves a node no longer; its placeholder must have no users."""
+        self.pairs = [(n, p) for n, p in self.pairs if p is not placeholder]
+        self.backward.graph.erase_node(placeholder)
+
+    def drop_unused(self) -> list[fx.Node]:
+        """Drops saved tensors that backward does not use any more; returns their forward nodes."""
+        self.backward.graph.eliminate_dead_code()
+        unused = [(n, p) for n, p in self.pairs if is_tensor(n) and not p.users]
+        for _, placeholder in unused:
+            self.drop(placeholder)
+        return [n for n, _ in unused]
+
+    def finish(self) -> None:
+        """Writes the saved values back to the forward's output and recompiles both graphs."""
+        saved = [n for n, _ in self.pairs]
+        self.output.args = ((*self.user_outputs, *saved),)
+        if "desc" in self.output.meta:
+            described = list(self.output.meta["desc"][: len(self.user_outputs)])
+            self.output.meta["desc"] = described + [_torch.saved_descriptor(i) for i in range(len(saved))]
+        for module in (self.forward, self.backward):
+            module.graph.eliminate_dead_code()
+            module.graph.lint()
+            module.recompile()
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
+    """Inserts a call at the graph's insertion point, with its fake value, and with the origin of `like`."""
+    node = graph.call_function(target, args)
+    with _torch.fake_values(graph):
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    if like is not None:
+        for key in ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "original_aten"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+    return node
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's value shares memory with its first argument."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    returns = target._schema.returns
+    return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The node whose memory `node` is a view of: itself, unless it is a view."""
+    while is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def earliest(nodes: Sequence[fx.Node]) -> fx.Node:
+    """The first of some nodes of one graph, in the graph's order."""
+    return min(nodes)  # fx.Node is ordered by position in its graph

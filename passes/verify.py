@@ -1,0 +1,80 @@
+"""`verify`: our own invariants after the rewrite. A broken one is an error at compile time, never a wrong gradient."""
+
+from collections import Counter
+
+import torch
+from torch import fx
+
+from .codecs import Keep, Quantize
+from .plan import Plan
+from .split import Split, is_tensor
+
+ops = torch.ops.actcompile
+FORBIDDEN = ("tangents", "bwd_seed", "bwd_base_offset", "bwd_rng_state")  # torch reads a meaning into these names
+
+
+class InvariantError(AssertionError):
+    """A rewritten graph breaks an invariant: a defect of actcompile, please report it with the graphs."""
+
+
+def verify(split: Split, plan: Plan, user_outputs: list[object], gradients: int) -> None:
+    """Checks both graphs after `split.finish`.
+
+    Args:
+        user_outputs: the forward's first outputs before any pass ran.
+        gradients: number of the backward's outputs before any pass ran.
+
+    Raises:
+        InvariantError: with the invariant and the node.
+    """
+    forward, backward = split.forward.graph, split.backward.graph
+    forward.lint()
+    backward.lint()
+    returned = list(forward.output_node().args[0])  # type: ignore[arg-type]
+    _require(returned[: len(user_outputs)] == user_outputs, "the user's outputs changed", returned)
+    saved = returned[len(user_outputs) :]
+    _require(len(_returned(backward)) == gradients, "the number of gradients changed", _returned(backward))
+
+    inputs = [n for n in backward.find_nodes(op="placeholder") if n not in split.runtime_inputs]
+    sizes = [n for n in saved if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))]
+    others = [n for n in saved if n not in sizes]
+    _require(saved == others + sizes, "sizes are not the last of what is saved", saved)
+    _require(len(inputs) == len(saved), "forward saves another number of values than backward takes", inputs)
+    pairs = dict(split.pairs)
+    tensors = [n for n in others if is_tensor(n)]
+    _require([pairs[n] for n in sizes] == inputs[: len(sizes)], "sizes come in another order", inputs)
+    _require(
+        [pairs[n] for n in tensors] == [p for p in inputs if is_tensor(p)], "tensors come in another order", inputs
+    )
+    for node, placeholder in split.pairs:
+        if not is_tensor(node):
+            continue
+        a, b = node.meta["val"], placeholder.meta["val"]
+        _require((a.dtype, a.device) == (b.dtype, b.device), "backward takes another tensor than was saved", placeholder)
+        _require(not any(word in placeholder.name for word in FORBIDDEN), "a name that torch reads", placeholder)
+
+    compressed = [c for c in plan.choices if not isinstance(c.codec, Keep)]
+    for choice in compressed:
+        node = choice.activation.node
+        _require(node not in saved, "a compressed activation is saved all the same", node)
+    quantized = forward.find_nodes(op="call_function", target=ops.quantize.default)
+    wanted = Counter(_format(c.codec) for c in compressed if isinstance(c.codec, Quantize))
+    _require(Counter(n.args[3:6] for n in quantized) == wanted, "formats of the plan and of forward differ", quantized)
+    decoded = backward.find_nodes(op="call_function", target=ops.dequantize.default)
+    _require(Counter(n.args[5:8] for n in decoded) == wanted, "formats of the plan and of backward differ", decoded)
+    salts = [n.args[1:3] for n in quantized]
+    _require(len(set(salts)) == len(salts), "two activations share random bits", salts)
+
+
+def _format(codec: Quantize) -> tuple[object, ...]:
+    return codec.format.bits, codec.format.block, codec.format.levels
+
+
+def _returned(graph: fx.Graph) -> list[object]:
+    args = graph.output_node().args[0]
+    return list(args) if isinstance(args, (list, tuple)) else [args]
+
+
+def _require(condition: bool, what: str, where: object) -> None:
+    if not condition:
+        raise InvariantError(f"actcompile: {what}: {where}; the graphs were not compiled")
