@@ -1,0 +1,170 @@
+"""A report as a table of text: one line per saved activation, what became of it, and why."""
+
+import io
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .report import GraphReport, Report, Row
+
+NARROWEST, WIDEST, ROOMY = 90, 200, 150  # columns of text; from ROOMY on source lines show their code
+NO_GRAPH = (
+    "No graph was compiled with a backward pass. Either the model has not run yet; or it ran only where nothing is "
+    "saved for backward (under torch.no_grad(), in inference mode, or with no tensor that requires a gradient); or "
+    "torch.compile fell back to eager for all of it (TORCH_LOGS=graph_breaks tells where)."
+)
+NO_ROW = "This graph saves no tensor for backward: there is nothing to compress."
+
+
+def render(report: "Report") -> str:
+    """The report as plain text without colour codes, as wide as the terminal (`COLUMNS`, 100 where there is none).
+
+    For colours, print the report through rich: `rich.print(report)`.
+    """
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, NARROWEST), WIDEST)
+    out = io.StringIO()
+    console = Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(renderable(report, roomy=width >= ROOMY))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def renderable(report: "Report", roomy: bool | None = None) -> Group:
+    """The report as a rich renderable: a table and a summary per graph, then totals and notes.
+
+    Args:
+        roomy: whether source lines show their code and codecs all their fields; None asks the terminal.
+    """
+    if roomy is None:
+        roomy = shutil.get_terminal_size((100, 24)).columns >= ROOMY
+    parts: list[RenderableType] = []
+    for number, graph in enumerate(report.graphs):
+        parts += [Text(heading(report, number), style="bold"), *_graph(graph, roomy), Text()]
+    if not report.graphs:
+        parts.append(Text(NO_GRAPH))
+    else:
+        parts.append(Text(totals(report), style="bold"))
+    parts += [Text(f"note: {clean(note)}") for note in report.notes]
+    return Group(*parts)
+
+
+def heading(report: "Report", number: int) -> str:
+    """`graph 0 of 2, compiled by inductor: 16.40 MB -> 1.46 MB`."""
+    graph = report.graphs[number]
+    change = f"{human(graph.bytes_before)} -> {human(graph.bytes_after)}"
+    return f"graph {number} of {len(report.graphs)}, compiled by {clean(graph.inner)}: {change}"
+
+
+def totals(report: "Report") -> str:
+    """What is saved for backward, before and after, and the ratio; or that nothing got smaller."""
+    before, after = report.saved_bytes_before, report.saved_bytes_after
+    line = f"saved for backward: {human(before)} -> {human(after)}"
+    if after >= before:
+        return f"{line}: nothing gained; the reasons above say why" if before else line
+    return f"{line}, {before / after:.1f} times less" if after else f"{line}: all of it is rebuilt"
+
+
+def _graph(graph: "GraphReport", roomy: bool) -> list[RenderableType]:
+    if not graph.rows:
+        return [Text(NO_ROW)]
+    shown, sums = summed(graph.rows)
+    parts: list[RenderableType] = [_table(shown, roomy)] if shown else []
+    return [*parts, *(Text(f"  {line}") for line in sums)]
+
+
+def summed(rows: Iterable["Row"]) -> tuple[list["Row"], list[str]]:
+    """The rows worth a line of their own, and lines that sum up the others: those that cost nothing, small ones."""
+    rows = list(rows)
+    small = [r for r in rows if r.bytes_after and r.codec == "keep" and r.reason.startswith("small")]
+    if not any((r.bytes_before or r.bytes_after) and r not in small for r in rows):
+        small = []  # all that costs anything is small: then these are what the reader came for
+    free = [r for r in rows if not (r.bytes_before or r.bytes_after)]
+    lines = []
+    for reason, group in _by_reason(small).items():
+        total = human(sum(r.bytes_after for r in group))
+        lines.append(f"{count(group, 'small tensor')}, {total} in all: kept ({clean(reason)})")
+    alive = [r for r in free if r.reason.endswith("alive anyway")]
+    if alive:
+        things = "input or parameter" if len(alive) == 1 else "inputs and parameters"
+        lines.append(f"{len(alive)} {things}: alive anyway")
+    for reason, group in _by_reason(r for r in free if r not in alive).items():
+        lines.append(f"{count(group, 'tensor')} that cost no memory: {clean(reason)}")
+    return [r for r in rows if r not in small and r not in free], lines
+
+
+def _by_reason(rows: Iterable["Row"]) -> dict[str, list["Row"]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.reason].append(row)
+    return groups
+
+
+def count(things: list["Row"], name: str) -> str:
+    return f"{len(things)} {name}" + ("s" if len(things) != 1 else "")
+
+
+def _table(rows: list["Row"], roomy: bool) -> Table:
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    table = Table(box=box.SIMPLE_HEAD if unicode else box.ASCII2, padding=(0, int(roomy), 0, 0))
+    table.add_column("layer" if roomy else "layer, source line", overflow="fold", max_width=26 if roomy else 21)
+    if roomy:
+        table.add_column("source line", no_wrap=True)
+    table.add_column("shape", overflow="fold", max_width=18 if roomy else 11)
+    table.add_column("before", justify="right", no_wrap=True)
+    table.add_column("after", justify="right", no_wrap=True)
+    table.add_column("codec", overflow="fold", max_width=23 if roomy else 16)
+    table.add_column("biased", overflow="fold", max_width=9)
+    table.add_column("reason", overflow="fold")
+    for row in rows:
+        module, name, source = clean(row.module) or "(model)", clean(row.name), clean(row.source)
+        if roomy:
+            where = [Text.assemble(module, (f" {name}", "dim")), Text(cut(source, 29))]
+        else:
+            where = [Text.assemble(module, (f"\n{name} {source.partition(' ')[0]}", "dim"))]
+        table.add_row(
+            *where,
+            Text(f"{clean('x'.join(row.shape)) or 'scalar'} {clean(row.dtype)}"),
+            Text(human(row.bytes_before)),
+            Text(human(row.bytes_after), style=_colour(row)),
+            Text(clean(row.codec) if roomy else clean(row.codec).replace(", minimal variance", "")),
+            Text(biased(row)),
+            Text(clean(row.reason.removeprefix(f"biased through {row.through}, "))),
+        )
+    return table
+
+
+def biased(row: "Row") -> str:
+    """`no`, `through aten.mul`, or `-` where nothing is rounded."""
+    if row.biased is None:
+        return "-"
+    return f"through {'.'.join(clean(row.through).split('.')[:2])}" if row.biased else "no"
+
+
+def _colour(row: "Row") -> str:
+    return "green" if row.bytes_after < row.bytes_before else "yellow" if row.bytes_after else "dim"
+
+
+def human(nbytes: int) -> str:
+    """Bytes for people, three digits and more: `512 B`, `8.19 KB`, `16.4 MB` (MB = 10**6 bytes), `1,388 MB`."""
+    if nbytes < 1000:
+        return f"{nbytes} B"
+    unit, value = ("KB", nbytes / 1e3) if nbytes < 999_500 else ("MB", nbytes / 1e6)
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:,.{digits}f} {unit}"
+
+
+def cut(text: str, length: int) -> str:
+    """`text`, its end replaced by dots where it is longer than `length`."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def clean(text: str, keep: str = "") -> str:
+    """Control characters, lone surrogates and line breaks become blanks: neither XML nor a terminal takes them."""
+    return "".join(c if c.isprintable() or c in keep else " " for c in text)
