@@ -1,4 +1,4 @@
-"""Logging: `logging.getLogger("actcompile")`, so that `TORCH_LOGS="+actcompile"` works, and structured trace artefacts."""
+"""Logging: `logging.getLogger("actcompile")`, so `TORCH_LOGS="+actcompile"` works, and trace artefacts."""
 
 import json
 import logging

@@ -20,24 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-# torch 2.13, also 2.11: the breaks' reasons, and the state that a trace has to put back. None of it has a public name.
-from torch._dynamo import config as dynamo_config
-from torch._dynamo import convert_frame, eval_frame, guards, pgo
-from torch._dynamo.eval_frame import OptimizedModule  # 2.13: what torch.compile(module) returns
-from torch._dynamo.utils import graph_break_reasons
-from torch._subclasses.fake_tensor import (  # 2.13: torch.compile's own kind of tensor without data
+from actcompile.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    IntInfinity,
+    OptimizedModule,
+    ShapeEnv,
     UnsupportedFakeTensorException,
+    bound_sympy,
+    convert_frame,
+    dynamo_config,
+    eval_frame,
+    graph_break_reasons,
+    guards,
+    pgo,
+    pytree,
 )
-from torch.fx.experimental.symbolic_shapes import ShapeEnv  # 2.13: gives sizes that depend on data, with bounds
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree  # 2.13: flattens nested arguments
-from torch.utils._sympy.numbers import IntInfinity  # 2.13: the bound of a size that has none
-from torch.utils._sympy.value_ranges import bound_sympy  # 2.13: a size's bounds from its symbols'
 
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -114,7 +116,7 @@ def trace(
         return run
 
     stopped = None
-    compiled = torch.compile(copied, backend=traced, dynamic=dynamic, **_isolated())
+    compiled = torch.compile(copied, backend=traced, dynamic=dynamic, **isolated())
     with _undisturbed(traced, _region(compiled)) as breaks:
         try:
             with torch.inference_mode(False), torch.enable_grad(), mode:
@@ -238,7 +240,7 @@ def _hint(size: int | torch.SymInt) -> int:
     return int(hint)
 
 
-def _isolated() -> dict[str, Any]:
+def isolated() -> dict[str, Any]:
     """Own cache entries, recompile limits and skip marks on code that the user's compiled models share (2.13)."""
     return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 

@@ -4,9 +4,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from actcompile.passes import _torch
+from actcompile.passes.plan import matches
 
 from . import _trace
 from .backend import analyse, compile_graph
@@ -16,6 +18,7 @@ from .report import GraphReport, Report
 Module = TypeVar("Module", bound=nn.Module)
 
 _configs: "weakref.WeakKeyDictionary[nn.Module, Config]" = weakref.WeakKeyDictionary()
+_compressed: "weakref.WeakKeyDictionary[nn.Module, list[GraphReport]]" = weakref.WeakKeyDictionary()
 _compiled = WeakTensorKeyDictionary()  # parameter or buffer -> the reports of the graphs that take it
 
 
@@ -32,7 +35,8 @@ def compress(model: Module, config: Config | None = None, *, dynamic: bool | Non
         options: fields of `Config`, such as `bits=4` or `rules={"head": actcompile.bits(8)}`.
 
     Raises:
-        TypeError, ValueError: the model is no module, or a field is wrong; the message names it.
+        TypeError, ValueError: the model is no module, a field is wrong, or a rule matches no module of the model; the
+            message names the field.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -40,27 +44,41 @@ def compress(model: Module, config: Config | None = None, *, dynamic: bool | Non
             'torch.compile(function, backend="actcompile")'
         )
     made = Config.make(config, **options)
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if isinstance(model, _torch.OptimizedModule):
         raise TypeError("model is compiled already; pass the module itself to compress, before torch.compile")
-    model.compile(backend=_backend_with(made), dynamic=dynamic)
-    _configs[model] = made
+    _check_rules(model, made)
+    reports: list[GraphReport] = []
+    # Isolated: models of one class share code objects, and with them a limit of eight compilations.
+    model.compile(backend=_backend_with(made, reports), dynamic=dynamic, **_trace.isolated())
+    _configs[model], _compressed[model] = made, reports
     return model
 
 
 def backend(gm: fx.GraphModule, inputs: list[Any], *, options: dict[str, Any] | None = None, **_: Any) -> Any:
-    """The backend behind `torch.compile(model, backend="actcompile", options={...})`; options are fields of `Config`."""
-    return _compile(gm, inputs, Config.make(**(options or {})))
+    """The backend of `torch.compile(model, backend="actcompile", options={...})`; options are fields of `Config`."""
+    return _compile(gm, inputs, Config.make(**(options or {})), [])
 
 
-def _backend_with(config: Config) -> Callable[..., Any]:
+def _check_rules(model: nn.Module, config: Config) -> None:
+    paths = [path for path, _ in model.named_modules()]
+    for pattern in dict(config.rules):
+        if not any(matches(pattern, path) for path in paths):
+            known = ", ".join(path for path, _ in model.named_children())
+            raise ValueError(
+                f"rules[{pattern!r}] matches no module of {type(model).__name__}; its children are {known or 'none'}"
+            )
+
+
+def _backend_with(config: Config, reports: list[GraphReport]) -> Callable[..., Any]:
     def actcompile(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        return _compile(gm, inputs, config)
+        return _compile(gm, inputs, config, reports)
 
     return actcompile
 
 
-def _compile(gm: fx.GraphModule, inputs: list[Any], config: Config) -> Any:
+def _compile(gm: fx.GraphModule, inputs: list[Any], config: Config, all_reports: list[GraphReport]) -> Any:
     compiled, reports = compile_graph(gm, inputs, config)
+    all_reports += reports
     for tensor in [*inputs, *gm.parameters(), *gm.buffers()]:
         if isinstance(tensor, nn.Parameter) or getattr(tensor, "_dynamo_static_input_type", None):
             _compiled.setdefault(tensor, []).extend(reports)
@@ -112,6 +130,8 @@ def explain(
 def _explain_compiled(module: Any) -> Report:
     if not isinstance(module, nn.Module):
         raise ValueError("explain(function) needs the function's inputs: explain(function, *inputs)")
+    if module in _compressed:
+        return Report(tuple(_compressed[module]))
     graphs: list[GraphReport] = []
     for tensor in [*module.parameters(), *module.buffers()]:
         graphs += [g for g in _compiled.get(tensor, []) if not any(g is known for known in graphs)]

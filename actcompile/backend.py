@@ -1,4 +1,4 @@
-"""The whole pipeline, top to bottom: from a joint graph to the rewritten forward and backward graphs, and to a backend."""
+"""The whole pipeline, top to bottom: from a joint graph to the rewritten graphs, and to a backend."""
 
 import functools
 import hashlib
@@ -32,13 +32,20 @@ _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports"
 
 
 def partition(
-    joint: fx.GraphModule, inputs: Sequence[object], *, config: Config, num_fwd_outputs: int, **options: Any
+    joint: fx.GraphModule,
+    inputs: Sequence[object],
+    *,
+    config: Config,
+    num_fwd_outputs: int,
+    lowered: bool = False,
+    **options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Partitions a joint graph as torch does, then rewrites both graphs so that saved activations are kept encoded.
 
     Args:
         joint, inputs, num_fwd_outputs, options: as torch's `min_cut_rematerialization_partition` takes them.
         config: how activations are kept.
+        lowered: whether our ops on CPU tensors are expanded for Inductor.
     """
     forward, backward = _torch.min_cut_rematerialization_partition(
         joint, inputs, num_fwd_outputs=num_fwd_outputs, **options
@@ -47,11 +54,12 @@ def partition(
     outputs, gradients = list(split.user_outputs), _number_of_outputs(backward)
     saved_by_torch = find(split)
 
-    masks(split)
+    policy = config.policy()
+    masks(split, kept=[a.placeholder for a in saved_by_torch if not policy.for_module(a.module).lossless])
     activations = find(split)
     floats = [a.placeholder for a in activations if a.refusal is None and a.value.is_floating_point()]
     dependences = bias(backward.graph, floats)
-    chosen = plan(activations, dependences, config.policy())
+    chosen = plan(activations, dependences, policy)
     rewrite(split, chosen)
     split.finish()
     verify(split, chosen, outputs, gradients)
@@ -59,7 +67,7 @@ def partition(
     report = record(split, chosen, saved_by_torch, config.inner)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
-    if config.inner == "inductor":
+    if lowered:
         lower(split)
     return split.forward, split.backward
 
@@ -98,13 +106,13 @@ def source_hash() -> str:
 
 
 class Partitioner(_torch.CustomPartitionerFn):
-    """`partition` as Inductor takes it. It is pickled into the compile caches' key, so it holds the config and no more."""
+    """`partition` as Inductor takes it; pickled into the compile caches' key, so it holds the config and no more."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, lowered: bool = True) -> None:
+        self.config, self.lowered = config, lowered
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Partitioner, (self.config,)
+        return Partitioner, (self.config, self.lowered)
 
     def uuid(self) -> tuple[str, ...]:
         return "actcompile", source_hash(), repr(self.config)
@@ -112,10 +120,12 @@ class Partitioner(_torch.CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return partition(gm, joint_inputs, config=self.config, **kwargs)
+        return partition(gm, joint_inputs, config=self.config, lowered=self.lowered, **kwargs)
 
 
-def compile_graph(gm: fx.GraphModule, inputs: list[Any], config: Config) -> tuple[Callable[..., Any], list[GraphReport]]:
+def compile_graph(
+    gm: fx.GraphModule, inputs: list[Any], config: Config
+) -> tuple[Callable[..., Any], list[GraphReport]]:
     """Compiles one graph of Dynamo's; returns the callable and the reports of what was done to it (none without
     gradients).
 
@@ -134,7 +144,7 @@ def compile_graph(gm: fx.GraphModule, inputs: list[Any], config: Config) -> tupl
             return compiler(gm, inputs), reports
     check_compilers(inputs)
     with recording() as reports:
-        compiled = _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": Partitioner(config)})
+        compiled: Any = _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": Partitioner(config)})
     if not reports:  # from the cache, where the report is too, or a graph without backward
         cached = _report_cache.attached(compiled)
         if cached is not None:
@@ -169,8 +179,7 @@ def analyse(gm: fx.GraphModule, inputs: list[Any], config: Config) -> list[Graph
     def split(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         if config.inner == "aot_eager":
             return partition(joint, joint_inputs, config=config, **kwargs)
-        with _torch.inductor_config.patch(custom_partitioner_fn=Partitioner(config)):
-            return _torch.inductor_partition(joint, joint_inputs, **kwargs)
+        return _torch.inductor_partition(joint, joint_inputs, Partitioner(config, lowered=False), **kwargs)
 
     compiler = _torch.aot_autograd(
         fw_compiler=_torch.boxed_nop,
@@ -181,5 +190,3 @@ def analyse(gm: fx.GraphModule, inputs: list[Any], config: Config) -> list[Graph
     with recording() as reports:
         compiler(gm, inputs)
     return reports
-
-

@@ -78,13 +78,15 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        pairs = self.rules.items() if isinstance(self.rules, Mapping) else self.rules
-        if not isinstance(pairs, (tuple, type({}.items()))) or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+        pairs = tuple(self.rules.items()) if isinstance(self.rules, Mapping) else self.rules
+        if not isinstance(pairs, (tuple, type({}.items()))) or not all(
+            isinstance(p, tuple) and len(p) == 2 for p in pairs
+        ):
             raise TypeError(f'rules must map module patterns to rules, like {{"head": bits(8)}}, got {self.rules!r}')
         for pattern, rule in pairs:
             if not isinstance(pattern, str) or not isinstance(rule, Rule):
                 raise TypeError(f"rules[{pattern!r}] must be keep(), lossless() or bits(n), got {rule!r}")
-        object.__setattr__(self, "rules", tuple(pairs))  # hashable, and with a stable order
+        object.__setattr__(self, "rules", pairs)  # hashable, and with a stable order
 
     @classmethod
     def make(cls, config: "Config | None" = None, **options: Any) -> "Config":
@@ -103,7 +105,8 @@ class Config:
             "lossless": lambda rule: replace(base, bits=None, nonlinear_bits=None),
             "bits": lambda rule: replace(base, bits=rule.bits, nonlinear_bits=rule.bits),
         }
-        return replace(base, rules=tuple((pattern, made[rule.name](rule)) for pattern, rule in self.rules))
+        rules = dict(self.rules)
+        return replace(base, rules=tuple((pattern, made[rule.name](rule)) for pattern, rule in rules.items()))
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

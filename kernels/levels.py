@@ -1,12 +1,12 @@
 """Levels that minimise the expected variance of stochastic rounding (i-EXACT, arXiv 2309.11856, eq. 6 to 9).
 
 A normalised element `h` of a block of `D` elements is modelled as a normal with `mu = B / 2` and
-`sigma = -mu / ppf(1 / D)`, clipped to `[0, B]`. Rounding `h` in a bin `[l, r]` to one of its ends, unbiased, has variance
-`(r - h)(h - l)`; the expected variance is its integral over all bins, and mass clipped to the ends has none.
+`sigma = -mu / ppf(1 / D)`, clipped to `[0, B]`. Rounding `h` in a bin `[l, r]` to one of its ends, unbiased, has
+variance `(r - h)(h - l)`; the expected variance is its integral over all bins, and mass clipped to the ends has none.
 
-Levels are symmetric about `B / 2` and piecewise evenly spaced: 1, 3, 15 and 15 segments of 1, 1, 1 and 17 steps for 1, 2,
-4 and 8 bits. So a value is mapped onto the code axis, and a code back, by a few clamps, which vectorise where a table
-would be a gather; for up to 4 bits this is no restriction.
+Levels are symmetric about `B / 2` and piecewise evenly spaced: 1, 3, 15 and 15 segments of 1, 1, 1 and 17 steps for 1,
+2, 4 and 8 bits. So a value is mapped onto the code axis, and a code back, by a few clamps, which vectorise where a
+table would be a gather; for up to 4 bits this is no restriction.
 """
 
 from functools import lru_cache

@@ -1,7 +1,7 @@
 """Lossless forms: booleans as single bits (`pack_bits`, `unpack_bits`), integers in fewer bytes (`narrow`, `widen`).
 
-Bits are planar like `BlockFormat`'s codes: a group of `32 * words` booleans becomes `words` 32-bit words, and bit `k` of
-word `j` is boolean `k * words + j` of its group. Words are float32 tensors that carry bits, for the reason that
+Bits are planar like `BlockFormat`'s codes: a group of `32 * words` booleans becomes `words` 32-bit words, and bit `k`
+of word `j` is boolean `k * words + j` of its group. Words are float32 tensors that carry bits, for the reason that
 `quantize` gives. Unused bits of the last group are zero.
 """
 

@@ -2,10 +2,12 @@
 
 An element `x` of a block with minimum `low` and maximum `high` has the code-axis position
 `t = (x - low) / (high - low) * (2**bits - 1)`, bent by the format's levels; it is rounded to one of its two neighbours
-with a probability that keeps the mean, and comes back as `low + level(code) * scale` (EXACT, eq. 2; i-EXACT, eq. 3 to 5).
+with a probability that keeps the mean, and comes back as `low + level(code) * scale` (EXACT, eq. 2; i-EXACT,
+eq. 3 to 5).
 
-Here stand the reference, which is the specification; the form in plain aten ops that Inductor's C++ runs at memory speed
-(`quantize_aten`, `dequantize_aten`), which agrees with it bit for bit; and the ops' schemas and fakes. What both do:
+Here stand the reference, which is the specification; the form in plain aten ops that Inductor's C++ runs at memory
+speed (`quantize_aten`, `dequantize_aten`), which agrees with it bit for bit; and the ops' schemas and fakes. What
+both do:
 
 - `low` and `high` are rounded outward to the metadata's dtype before they are used, so nothing is clamped;
 - differences are taken of halves, so a block may span more than the largest float32;
@@ -24,6 +26,7 @@ from .levels import apply_map, decode_map, encode_map
 from .random_bits import random_words
 
 SMALLEST_HALF_RANGE = 2.0**-100  # keeps 1 / range finite; a constant block still decodes exactly, all its codes being 0
+WIDE_HALF_RANGE = 2.0**125
 
 
 def round_outward(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -44,6 +47,17 @@ def half_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Half of the minimum, and half of the range, the latter bounded below so that its inverse is finite."""
     half_low = low * 0.5
     return half_low, (high * 0.5 - half_low).clamp_min(SMALLEST_HALF_RANGE)
+
+
+def decode_scale(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Step, minimum and factor of every block, `x = (level * step + minimum) * factor`.
+
+    The factor is 4 where `level * step` alone could overflow, 1 elsewhere; a power of two, it rounds nothing.
+    """
+    _, half = half_range(low, high)
+    wide = half > WIDE_HALF_RANGE
+    shrink = torch.where(wide, 0.25, 1.0)
+    return half * shrink * (2.0 / top), low * shrink, torch.where(wide, 4.0, 1.0)
 
 
 # ---- reference -----------------------------------------------------------------------------------------------------
@@ -94,10 +108,9 @@ def dequantize_reference(
     block, word, plane = slots(numel, fmt, words.device)
     code = (words.view(torch.int32).reshape(-1)[word] >> (fmt.bits * plane)) & fmt.top
     low, high = low.float().reshape(-1), high.float().reshape(-1)
-    half_low, half = half_range(low, high)
-    step = half * (2.0 / fmt.top)
+    step, minimum, factor = decode_scale(low, high, fmt.top)
     level = apply_map(code.float(), decode_map(fmt))
-    return (level * step[block] + low[block]).to(dtype).reshape(list(size))
+    return ((level * step[block] + minimum[block]) * factor[block]).to(dtype).reshape(list(size))
 
 
 # ---- plain aten ops, for Inductor's C++ ----------------------------------------------------------------------------
@@ -124,7 +137,7 @@ def quantize_aten(
 def _encode(
     x: Tensor, used: Tensor | None, first_group, seed: Tensor, salt: int, fmt: BlockFormat
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Encodes whole groups `x` (groups, group), float32; of the elements, those where `used` is false count as absent."""
+    """Encodes whole groups `x` (groups, group), float32; elements where `used` is false are absent."""
     blocks, width = fmt.blocks_per_group, fmt.words
     by_block = x.view(-1, blocks, fmt.block)
     if used is None:
@@ -171,21 +184,24 @@ def _encode(
 
 
 def dequantize_aten(
-    words: Tensor, low: Tensor, high: Tensor, size: Sequence[int], dtype: torch.dtype, fmt: BlockFormat, tail: bool = True
+    words: Tensor,
+    low: Tensor,
+    high: Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype,
+    fmt: BlockFormat,
+    tail: bool = True,
 ) -> Tensor:
     """`dequantize_reference` as one broadcast shift; `tail=False` promises that the tensor fills its groups exactly."""
     shift = torch.arange(fmt.planes, dtype=torch.int32, device=words.device) * fmt.bits
     code = (words.view(torch.int32)[:, None, :] >> shift[None, :, None]) & fmt.top
     level = apply_map(code.to(torch.float32), decode_map(fmt))
-    low, high = low.float(), high.float()
-    step = half_range(low, high)[1] * (2.0 / fmt.top)
+    step, minimum, factor = (part[:, :, None] for part in decode_scale(low.float(), high.float(), fmt.top))
     if fmt.blocks_per_group > 1:
         level = level.view(-1, fmt.blocks_per_group, fmt.block)
-        x = level * step[:, :, None] + low[:, :, None]
-    else:
-        x = level * step[:, :, None] + low[:, :, None]
-        if fmt.planes * fmt.words > fmt.group:
-            x = x.reshape(-1, fmt.planes * fmt.words)[:, : fmt.group]
+    x = (level * step + minimum) * factor
+    if fmt.planes * fmt.words > fmt.group:
+        x = x.reshape(-1, fmt.planes * fmt.words)[:, : fmt.group]
     x = x.to(dtype)
     if not tail:
         return x.reshape(list(size))
@@ -206,8 +222,8 @@ def quantize(
 
     Args:
         x: any shape and strides, float32, bfloat16 or float16.
-        seed: int32 of shape (2,), on the device of `x`; one per forward call.
-        salt: number of this activation within its graph: no two activations share random bits.
+        seed: int32 of shape (activations, 2), on the device of `x`, drawn by `draw_seed` once per forward call.
+        salt: this activation's row in `seed`: no two activations share random bits.
         bits, block, levels, metadata, words: the fields of `BlockFormat`.
 
     Returns:

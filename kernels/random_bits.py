@@ -1,8 +1,11 @@
-"""Random bits as a pure function of (seed, salt, word index): a murmur3-style hash, the same on every device.
+"""Random bits as a pure function of (seed, word index): a murmur3-style hash, the same on every device.
 
-A 32-bit word of `planes` codes needs one random byte per code. `random_words` hashes the word's index once and steps the
-result with a linear congruential generator and a xor-shift for every further four bytes. All arithmetic is on int32 and
-wraps around, which torch, Inductor's C++ and Triton do alike; the index wraps after 2**32 words.
+A 32-bit word of `planes` codes needs one random byte per code. `random_words` hashes the word's index once and steps
+the result with a linear congruential generator and a xor-shift for every further four bytes. All arithmetic is on
+int32 and wraps around, which torch, Inductor's C++ and Triton do alike; the index wraps after 2**32 words.
+
+Every forward call draws one tensor of seeds, a row of 64 bits for each activation that it quantises. The rows are
+independent: hashing one seed with the activation's number instead left correlations between activations.
 """
 
 from collections.abc import Iterator
@@ -10,7 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-GOLDEN = 0x9E3779B9
 MIX_1 = 0x85EBCA6B
 MIX_2 = 0xC2B2AE35
 LCG_MULTIPLIER = 1664525
@@ -22,11 +24,6 @@ def signed32(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
 
 
-def salt_constant(salt: int) -> int:
-    """Spreads a small salt (the activation's number) over 32 bits; a bijection, so that no two salts coincide."""
-    return signed32(salt * GOLDEN + MIX_2)
-
-
 def _shift_right(h: Tensor, bits: int) -> Tensor:
     return (h >> bits) & ((1 << (32 - bits)) - 1)  # int32's own shift would drag the sign bit along
 
@@ -36,12 +33,12 @@ def random_words(index: Tensor, seed: Tensor, salt: int, count: int) -> Iterator
 
     Args:
         index: int32, the position of each packed word in the encoded tensor.
-        seed: int32 of shape (2,), drawn once per forward call.
-        salt: the activation's number within its graph.
+        seed: int32 of shape (activations, 2), drawn once per forward call by `draw_seed`.
+        salt: the activation's row in `seed`.
     """
-    h = index + seed[0]
+    h = index + seed[salt, 0]
     h = (h ^ _shift_right(h, 16)) * signed32(MIX_1)
-    h = h ^ (seed[1] ^ salt_constant(salt))
+    h = h ^ seed[salt, 1]
     h = (h ^ _shift_right(h, 13)) * signed32(MIX_2)
     h = h ^ _shift_right(h, 16)
     yield h
@@ -52,11 +49,15 @@ def random_words(index: Tensor, seed: Tensor, salt: int, count: int) -> Iterator
 
 
 @torch.library.custom_op("actcompile::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_seed(device: torch.device) -> Tensor:
-    """Draws the seed of one forward call, int32 of shape (2,), from the default generator of `device`, without a sync."""
-    return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device)
+def draw_seed(count: int, device: torch.device) -> Tensor:
+    """Draws the seeds of one forward call from the default generator of `device`, without a sync.
+
+    Returns:
+        int32 of shape (count, 2): one row for each activation that the call quantises.
+    """
+    return torch.randint(-(2**31), 2**31, (count, 2), dtype=torch.int32, device=device)
 
 
 @draw_seed.register_fake
-def _(device: torch.device) -> Tensor:
-    return torch.empty(2, dtype=torch.int32, device=device)
+def _(count: int, device: torch.device) -> Tensor:
+    return torch.empty(count, 2, dtype=torch.int32, device=device)

@@ -1,6 +1,6 @@
 """Every use of a private part of torch, in one place: a new torch breaks this file and no other.
 
-Read and tried with torch 2.13.0, 2.11.0 and 2.14.1 compared, unless a line says otherwise.
+Read and tried with torch 2.13.0.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,9 +10,18 @@ from typing import Any
 import sympy
 import torch
 
+# Inductor, its joint passes with whatever partitioner is configured, and the class such a partitioner must have.
+import torch._inductor.config as inductor_config
+
+# What `explain` has to read and put back when it traces without running: graph breaks, cache entries, sizes seen.
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import convert_frame, eval_frame, guards, pgo
+
 # The backend that runs graphs as they are, giving up its arguments as it goes (so that memory is freed).
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
+from torch._dynamo.eval_frame import OptimizedModule  # what torch.compile(module) returns
+from torch._dynamo.utils import graph_break_reasons
 
 # Descriptor of a forward output that is saved for backward; `output.meta["desc"]` must list one per output (2.11+).
 from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
@@ -22,60 +31,80 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 # The fake mode of a graph's values, needed to compute the fake values of inserted nodes.
 from torch._guards import detect_fake_mode
-
-# Opaque values (process groups and the like) have their own place among the saved values (2.13; absent in 2.11).
-try:
-    from torch._library.opaque_object import is_opaque_value
-except ImportError:
-
-    def is_opaque_value(value: Any) -> bool:
-        return False
-
-
-# Inductor, its joint passes with whatever partitioner is configured, and the class such a partitioner must have.
-import torch._inductor.config as inductor_config
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.compile_fx import partition_fn as inductor_partition
+from torch._inductor.compile_fx import compile_fx, partition_fn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 # Nodes inserted after the trace must be decomposed by us as Inductor would have ("both a fallback and a decomp").
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.virtualized import V
 
 # What TORCH_TRACE writes and tlparse reads.
 from torch._logging import trace_structured
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+# torch.compile's own kind of tensor without data, and what it raises where Python asks for the data.
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+# Symbolic sizes: their environment, what is known of them without guarding, and their bounds.
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils import _pytree as pytree
 
 # Turns a sympy expression into graph nodes; torch's own runtime-assert pass uses it so.
 from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.numbers import IntInfinity
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+from torch.utils._sympy.value_ranges import bound_sympy
 
 __all__ = [
     "CustomPartitionerFn",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "IntInfinity",
     "InvalidCxxCompiler",
+    "OptimizedModule",
+    "ShapeEnv",
+    "UnsupportedFakeTensorException",
     "aot_autograd",
+    "bound_sympy",
     "boxed_nop",
     "compile_fx",
+    "convert_frame",
     "decompose",
     "detect_fake_mode",
+    "dynamo_config",
+    "eval_frame",
     "expression",
     "fake_values",
     "get_cpp_compiler",
-    "inductor_config",
+    "graph_break_reasons",
+    "guards",
     "inductor_partition",
-    "is_opaque_value",
     "known_true",
     "min_cut_rematerialization_partition",
+    "pgo",
+    "pytree",
     "saved_descriptor",
     "select_decomp_table",
     "size_hint",
     "size_node",
     "trace_artefact",
-    "unset_fake_temporarily",
 ]
+
+
+def inductor_partition(joint: Any, inputs: Any, partitioner: Any, **options: Any) -> Any:
+    """Inductor's joint passes, then `partitioner`, as inside `compile_fx`, which sets the fake mode that they need."""
+    with inductor_config.patch(custom_partitioner_fn=partitioner), V.set_fake_mode(detect_fake_mode(inputs)):
+        return partition_fn(joint, inputs, **options)
 
 
 def trace_artefact(name: str, encoding: str, payload: Any) -> None:
@@ -109,16 +138,20 @@ def expression(size: Any) -> Any:
 def fake_values(graph: torch.fx.Graph) -> Iterator[Any]:
     """Enters the fake mode that the graph's values belong to."""
     values = [v for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
+    with _mode(values) as mode:
+        yield mode
+
+
+def _mode(values: Any) -> FakeTensorMode:
     mode = detect_fake_mode(values)
     if mode is None:
         raise RuntimeError("the graph's nodes carry no fake tensors in meta['val']; was it traced by AOTAutograd?")
-    with mode:
-        yield mode
+    return mode
 
 
 def decompose(function: Any, values: list[Any]) -> torch.fx.GraphModule:
     """Traces `function` on fake values (tensors and sizes) into aten ops, with Inductor's decompositions."""
-    with detect_fake_mode(values):
+    with _mode(values):
         return make_fx(function, decomposition_table=select_decomp_table())(*values)
 
 
@@ -137,7 +170,7 @@ def size_node(expr: Any, symbols: Mapping[Any, torch.fx.Node]) -> Any:
     node = sympy_interp(PythonReferenceAnalysis, proxies, expr).node
     for made in reversed(list(_without_value(node))):
         arguments = torch.fx.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
-        made.meta["val"] = made.target(*arguments[0], **arguments[1])
+        made.meta["val"] = made.target(*arguments[0], **arguments[1])  # type: ignore[operator]
     return node
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx
@@ -79,6 +80,9 @@ def find(split: Split) -> list[SavedActivation]:
             continue
         base = root(node)
         refusal = _refusal(node, base, user_outputs)
+        if refusal is None and not all(split.knows(size) for size in node.meta["val"].shape):
+            refusal = "its size depends on data and can't be handed on"
+        bound = _bound(placeholder)
         if refusal is None and base in shared:
             refusal = "shares its memory with another saved activation"
         free = base.op == "placeholder" or base in user_outputs or base in paid
@@ -95,7 +99,7 @@ def find(split: Split) -> list[SavedActivation]:
                 uses=tuple(dict.fromkeys(op_name(u) for u in placeholder.users)),
                 nbytes=nbytes,
                 refusal=refusal,
-                bound=_bound(placeholder),
+                bound=bound if bound is None or split.knows(bound) else None,
             )
         )
     return found
@@ -162,13 +166,14 @@ def _bound(placeholder: fx.Node) -> object:
 
 def _indexed_size(user: fx.Node, index: fx.Node) -> object:
     if user.target in INDEX_ARGUMENT:
-        where, tensor, dim = INDEX_ARGUMENT[user.target]
+        where, indexed, dim = INDEX_ARGUMENT[user.target]
         if len(user.args) > where and user.args[where] is index:
-            return user.args[tensor].meta["val"].shape[user.args[dim]]  # type: ignore[union-attr, index]
+            return cast(fx.Node, user.args[indexed]).meta["val"].shape[cast(int, user.args[dim])]
     if user.target in (aten.index.Tensor, aten.index_put.default, aten._unsafe_index.Tensor):
-        for dim, given in enumerate(user.args[1]):  # type: ignore[arg-type]
-            if given is index and all(i is not None for i in user.args[1][:dim]):  # type: ignore[index]
-                return user.args[0].meta["val"].shape[dim]  # type: ignore[union-attr]
+        tensor, indices = user.args[:2]
+        for dim, given in enumerate(cast(list[object], indices)):
+            if given is index:
+                return cast(fx.Node, tensor).meta["val"].shape[dim]
     return None
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from actcompile.kernels import BlockFormat
 from actcompile.kernels.lossless import pack_bits_aten, unpack_bits_aten
@@ -82,7 +81,7 @@ def _expand(graph: fx.Graph, node: fx.Node, expansion: Callable[..., Any]) -> No
                 raise RuntimeError(f"the expansion of {node} holds a constant tensor: {inner.target}")
             if inner.op not in ("placeholder", "output"):
                 copies[inner] = graph.node_copy(inner, copies.__getitem__)
-    result = pytree.tree_map_only(fx.Node, copies.__getitem__, traced.graph.output_node().args[0])
+    result = _torch.pytree.tree_map_only(fx.Node, copies.__getitem__, traced.graph.output_node().args[0])
     if isinstance(result, (tuple, list)):
         for getitem in list(node.users):
             getitem.replace_all_uses_with(result[getitem.args[1]])  # type: ignore[index]

@@ -49,9 +49,14 @@ class Policy:
 
     def for_module(self, path: str) -> "Policy":
         for pattern, policy in self.rules:
-            if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*"):
+            if matches(pattern, path):
                 return policy
         return self
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a rule's pattern names the module at `path`, or one that it is inside of."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,7 @@ class Plan:
         return sum(c.nbytes for c in self.choices)
 
 
-def plan(
-    activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, Dependence], policy: Policy
-) -> Plan:
+def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, Dependence], policy: Policy) -> Plan:
     """Chooses a codec for every saved activation.
 
     Args:
@@ -166,7 +169,8 @@ def _averages(dependence: Dependence, a: SavedActivation) -> bool:
 def plane_width(value: torch.Tensor, planes: int, group: int) -> int:
     """Words per group for which a plane never straddles a row: the loop over it then has a unit stride in the row.
 
-    Of the divisors of the row's width, and its multiples, the one nearest to `group / planes` that fills a SIMD register.
+    Of the divisors of the row's width and its multiples, the one nearest to `group / planes` that fills a vector
+    register.
     """
     wanted = max(group // planes, LANES)
     width = value.shape[-1] if value.dim() > 0 else 1

@@ -37,7 +37,15 @@ def rewrite(split: Split, plan: Plan) -> Split:
                 with split.forward.graph.inserting_after(max(x, seed)):
                     fields = (fmt.bits, fmt.block, fmt.levels)
                     encoded = call(
-                        split.forward.graph, ops.quantize.default, x, seed, salt, *fields, fmt.metadata, fmt.words, like=x
+                        split.forward.graph,
+                        ops.quantize.default,
+                        x,
+                        seed,
+                        salt,
+                        *fields,
+                        fmt.metadata,
+                        fmt.words,
+                        like=x,
                     )
                 tail = (x.meta["val"].dtype, *fields)
                 _transfer(split, activation, _parts(split, encoded), ops.dequantize.default, True, tail, restore)
@@ -75,7 +83,7 @@ def _seed(split: Split, device: torch.device, seeds: dict[torch.device, fx.Node]
 
 
 def _in_memory_order(split: Split, activation: SavedActivation) -> tuple[fx.Node, list[int] | None]:
-    """The activation as a contiguous tensor, and the permutation that gives its own strides back (None: none needed)."""
+    """The activation as a contiguous tensor, and the permutation that gives its own strides back, if one is needed."""
     value = activation.value
     order = dense_order(value)
     assert order is not None  # find refuses others
@@ -126,7 +134,8 @@ def _transfer(
 
 def _first_use(placeholder: fx.Node) -> fx.Node:
     """Moves views of a saved value down to the first op that reads it, and returns the first of these nodes."""
-    views, todo, reads = [], [placeholder], []
+    views: list[fx.Node] = []
+    todo, reads = [placeholder], []
     while todo:
         for user in todo.pop().users:
             if is_view(user) and user.args[0] in (placeholder, *views):
@@ -146,7 +155,7 @@ def _recompute(split: Split, activation: SavedActivation) -> None:
     graph, node, old = split.backward.graph, activation.node, activation.placeholder
     with graph.inserting_before(_first_use(old)):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: size_in_backward(split, n.meta["val"]))
-        made = graph.call_function(node.target, args, kwargs)
+        made = graph.create_node(node.op, node.target, args, kwargs)
     made.meta.update({k: v for k, v in node.meta.items() if k != "desc"})
     old.replace_all_uses_with(made)
     split.drop(old)
@@ -161,7 +170,11 @@ def size_in_backward(split: Split, size: Any) -> Any:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
             symbols[_torch.expression(value)] = node
-    return _torch.size_node(_torch.expression(size), symbols)
+    expression = _torch.expression(size)
+    if expression not in symbols:
+        for symbol in sorted(expression.free_symbols - symbols.keys(), key=str):
+            symbols[symbol] = split.save_symbol(symbol)
+    return _torch.size_node(expression, symbols)
 
 
 def _assert_fits(split: Split, activation: SavedActivation, dtype: torch.dtype) -> None:

@@ -12,8 +12,9 @@ from . import _torch
 class Split:
     """A partitioned joint graph, as AOTAutograd's contract has it.
 
-    The forward graph returns the user's outputs, then what is saved: tensors with version check, tensors without, opaque
-    values, symbolic sizes. The backward graph takes the symbolic sizes first, then the others in the same order, then
+    The forward graph returns the user's outputs, then what is saved: tensors with version check, tensors without,
+    opaque values, symbolic sizes. The backward graph takes the symbolic sizes first, then the others in the same
+    order, then
     tangents. `pairs` lists, in the forward's order, every saved node with its backward placeholder; passes change it
     through the methods below, and `finish` writes it back.
 
@@ -57,6 +58,33 @@ class Split:
             node.meta["saved_tensor_with_no_vc_check"] = True
         self.pairs.insert(position, (node, placeholder))
         return placeholder
+
+    def save_symbol(self, symbol: Any) -> fx.Node:
+        """Saves the value of a size's symbol, which torch leaves out where only sums with it are needed."""
+        node, dim = self._dimension(symbol)  # type: ignore[misc]
+        graph = self.forward.graph
+        with graph.inserting_after(max(node, *graph.find_nodes(op="placeholder"))):
+            size = call(graph, torch.ops.aten.sym_size.int, node, dim, like=node)
+        first = next((p for _, p in self.pairs if is_tensor(p)), None) or self._first_runtime_input()
+        with self.backward.graph.inserting_before(first):
+            placeholder = self.backward.graph.placeholder(f"{size.name}_{symbol}")
+        placeholder.meta["val"] = size.meta["val"]
+        self.pairs.append((size, placeholder))
+        return placeholder
+
+    def knows(self, size: Any) -> bool:
+        """Whether backward has, or forward can save, every symbol of a size."""
+        expression = _torch.expression(size)
+        saved = {_torch.expression(v) for _, p in self.pairs if isinstance(v := p.meta.get("val"), torch.SymInt)}
+        return expression in saved or all(s in saved or self._dimension(s) for s in expression.free_symbols)
+
+    def _dimension(self, symbol: Any) -> tuple[fx.Node, int] | None:
+        """A forward tensor, and its dimension whose size is a symbol."""
+        for node in self.forward.graph.nodes:
+            for dim, size in enumerate(node.meta["val"].shape if is_tensor(node) else ()):
+                if not isinstance(size, int) and _torch.expression(size) == symbol:
+                    return node, dim
+        return None
 
     def _first_runtime_input(self) -> fx.Node:
         return self.runtime_inputs[0] if self.runtime_inputs else next(iter(self.backward.graph.nodes))

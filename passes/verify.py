@@ -50,7 +50,9 @@ def verify(split: Split, plan: Plan, user_outputs: list[object], gradients: int)
         if not is_tensor(node):
             continue
         a, b = node.meta["val"], placeholder.meta["val"]
-        _require((a.dtype, a.device) == (b.dtype, b.device), "backward takes another tensor than was saved", placeholder)
+        _require(
+            (a.dtype, a.device) == (b.dtype, b.device), "backward takes another tensor than was saved", placeholder
+        )
         _require(not any(word in placeholder.name for word in FORBIDDEN), "a name that torch reads", placeholder)
 
     compressed = [c for c in plan.choices if not isinstance(c.codec, Keep)]
