@@ -170,7 +170,8 @@ def plane_width(value: torch.Tensor, planes: int, group: int) -> int:
     """Words per group for which a plane never straddles a row: the loop over it then has a unit stride in the row.
 
     Of the divisors of the row's width and its multiples, the one nearest to `group / planes` that fills a vector
-    register.
+    register; `group / planes` itself where none is within a factor of four (prime widths), since larger blocks round
+    more coarsely.
     """
     wanted = max(group // planes, LANES)
     width = value.shape[-1] if value.dim() > 0 else 1
@@ -178,7 +179,8 @@ def plane_width(value: torch.Tensor, planes: int, group: int) -> int:
         return wanted
     divisors = [d for d in range(LANES, width + 1) if width % d == 0]
     multiples = [width * m for m in range(1, math.ceil(2 * LANES / width) + 1) if width * m >= LANES]
-    return min(divisors + multiples, key=lambda d: (abs(math.log2(d / wanted)) + (d % LANES != 0) * 0.25, d))
+    near = [d for d in divisors + multiples if d <= 4 * wanted]
+    return min(near, default=wanted, key=lambda d: (abs(math.log2(d / wanted)) + (d % LANES != 0) * 0.25, d))
 
 
 def fit_format(value: torch.Tensor, bits: int, policy: Policy) -> BlockFormat:

@@ -1,0 +1,112 @@
+"""What several tests need: models that compile in a second, their gradients, and graphs between two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+
+from actcompile.passes.split import Split
+from bench.models import build
+
+Pass = Callable[[Split], Any]
+FAST: dict[str, Any] = {"inner": "aot_eager", "min_bytes": 0}  # no C++ compiler, and small tensors count too
+EXACT: dict[str, Any] = {**FAST, "bits": None, "nonlinear_bits": None}
+
+
+def graph(nodes: int = 64, edges: int = 256, features: int = 16) -> tuple[Tensor, Tensor]:
+    """Features [nodes, features] and a random edge_index [2, edges]."""
+    return torch.randn(nodes, features), torch.randint(0, nodes, (2, edges))
+
+
+def gnn(name: str = "sage", **options: Any) -> nn.Module:
+    """A model of two layers from 16 features to 4 classes, the same one every time."""
+    torch.manual_seed(0)
+    return build(name, 16, 4, **{"hidden": 32, "layers": 2, **options})
+
+
+class Mlp(nn.Module):
+    """Linear, ReLU, dropout, linear: two floats and two masks that a step saves."""
+
+    def __init__(self, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.first, self.last, self.dropout = nn.Linear(16, 32), nn.Linear(32, 4), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.dropout(self.first(x).relu()))
+
+
+def leaves(value: Any) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def loss(outputs: Any) -> Tensor:
+    """A scalar whose gradient differs from element to element."""
+    return torch.stack([(t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in leaves(outputs)]).sum()
+
+
+def step(function: Callable[..., Any], inputs: Iterable[Any], parameters: Iterable[Tensor], seed: int = 0) -> list[Any]:
+    """One forward and backward with the default generator seeded; returns outputs and gradients, all copied."""
+    parameters = list(parameters)
+    torch.manual_seed(seed)
+    outputs = function(*inputs)
+    gradients = torch.autograd.grad(loss(outputs), parameters, allow_unused=True)
+    return [t if t is None else t.detach().clone() for t in (*leaves(outputs), *gradients)]
+
+
+def assert_equal(ours: list[Any], reference: list[Any]) -> None:
+    """Equal to the bit, up to the sign of zero."""
+    assert len(ours) == len(reference)
+    for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
+        assert (a is None) == (b is None), f"number {i}: {a} and {b}"
+        assert a is None or torch.equal(a, b), f"number {i} differs by up to {(a - b).abs().max()}"
+
+
+def assert_close(ours: list[Any], reference: list[Any], within: float) -> None:
+    """Equal up to what rounding does: each tensor's difference in norm, relative to the tensor's norm."""
+    assert len(ours) == len(reference)
+    for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
+        if a is None or b is None:
+            assert a is b, f"number {i}: {a} and {b}"
+            continue
+        error = float((a - b).norm() / b.norm().clamp_min(1e-6))
+        assert error < within, f"number {i} is {error:.2f} of its norm away"
+
+
+def uncompressed(function: Any, transform: Pass | None = None, **options: Any) -> Any:
+    """`function` compiled as `inner="aot_eager"` does it, without us; `transform` may change every split."""
+
+    def partition(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **keywords: Any) -> Any:
+        forward, backward = min_cut_rematerialization_partition(
+            joint, inputs, num_fwd_outputs=num_fwd_outputs, **keywords
+        )
+        if transform is not None:
+            split = Split(forward, backward, num_fwd_outputs)
+            transform(split)
+            split.finish()
+        return forward, backward
+
+    backend = aot_autograd(
+        fw_compiler=boxed_nop,
+        bw_compiler=boxed_nop,
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )
+    return torch.compile(function, backend=backend, **options)
+
+
+def ops(gm: fx.GraphModule | fx.Graph) -> list[str]:
+    """The names of what a graph calls, in order."""
+    g = gm.graph if isinstance(gm, fx.GraphModule) else gm
+    return [str(n.target) for n in g.nodes if n.op == "call_function"]
+
+
+def count(gm: fx.GraphModule | fx.Graph, name: str) -> int:
+    return sum(name in op for op in ops(gm))
