@@ -1,0 +1,94 @@
+"""The ops on CUDA tensors: Triton kernels, or the forms in plain aten ops where Triton cannot be imported.
+
+Triton is imported when the first op runs on a CUDA tensor, not before: importing it takes a second, and CPU users need
+not have it.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .format import BlockFormat
+from .lossless import pack_bits, pack_bits_aten, unpack_bits, unpack_bits_aten
+from .quantize import dequantize, dequantize_aten, quantize, quantize_aten
+
+log = logging.getLogger(__name__)
+
+
+class Quantize(Protocol):
+    def __call__(self, x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Dequantize(Protocol):
+    def __call__(
+        self, words: Tensor, low: Tensor, high: Tensor, size: Sequence[int], dtype: torch.dtype, fmt: BlockFormat
+    ) -> Tensor: ...
+
+
+class PackBits(Protocol):
+    def __call__(self, mask: Tensor, words: int) -> Tensor: ...
+
+
+class UnpackBits(Protocol):
+    def __call__(self, packed: Tensor, size: Sequence[int]) -> Tensor: ...
+
+
+class Forms(NamedTuple):
+    """One implementation of each op."""
+
+    quantize: Quantize
+    dequantize: Dequantize
+    pack_bits: PackBits
+    unpack_bits: UnpackBits
+
+
+@lru_cache
+def forms() -> Forms:
+    """The Triton kernels; without Triton the aten forms, which launch many kernels where Triton launches one."""
+    try:
+        from .triton_lossless import pack_bits_triton, unpack_bits_triton
+        from .triton_quantize import dequantize_triton, quantize_triton
+    except ImportError as error:
+        log.warning(
+            "Triton cannot be imported (%s): activations on CUDA are encoded by plain torch ops, several times slower "
+            "and with more temporary memory. `pip install triton` (`triton-windows` on Windows) brings the kernels.",
+            error,
+        )
+        return Forms(quantize_aten, dequantize_aten, pack_bits_aten, unpack_bits_aten)
+    return Forms(quantize_triton, dequantize_triton, pack_bits_triton, unpack_bits_triton)
+
+
+@quantize.register_kernel("cuda")
+def _(
+    x: Tensor, seed: Tensor, salt: int, bits: int, block: int, levels: str, metadata: torch.dtype, words: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return forms().quantize(x, seed, salt, BlockFormat(bits, block, levels, metadata, words))  # type: ignore[arg-type]
+
+
+@dequantize.register_kernel("cuda")
+def _(
+    words: Tensor,
+    low: Tensor,
+    high: Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype,
+    bits: int,
+    block: int,
+    levels: str,
+) -> Tensor:
+    fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])  # type: ignore[arg-type]
+    return forms().dequantize(words, low, high, size, dtype, fmt)
+
+
+@pack_bits.register_kernel("cuda")
+def _(mask: Tensor, words: int) -> Tensor:
+    return forms().pack_bits(mask, words)
+
+
+@unpack_bits.register_kernel("cuda")
+def _(packed: Tensor, size: Sequence[int]) -> Tensor:
+    return forms().unpack_bits(packed, size)
