@@ -1,0 +1,47 @@
+# Each target sets up what it needs in .venv, once; `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+# For the kernels' tests where torch brings no Triton (its CPU builds): the interpreter and the compiler need no GPU.
+TRITON := triton==3.9.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+
+$(STAMP): requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make setup needs Python 3.11 or newer (the pinned numpy and scipy do); pass PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@if [ "$$(uname -sm)" = "Linux x86_64" ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then \
+		echo "$(BIN)/python -m pip install $(TRITON)"; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TRITON)"; \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+setup: $(STAMP) ## create .venv with the pinned versions and this package, once
+
+demo: $(STAMP) ## train a GraphSAGE on PubMed, plain and compressed (ARGS="--epochs 20" for options)
+	$(BIN)/python -m actcompile demo $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint ## lint, then the tests that need neither long compiles nor a GPU (ARGS="-k demo" for options)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: lint ## lint, then all tests, also those that compile with Inductor; those for a GPU skip without one
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP) ## all benchmarks, written to bench/results (ARGS="sage-arxiv" for one, ARGS="list" for the list)
+	$(BIN)/python -m bench $(or $(ARGS),all)
