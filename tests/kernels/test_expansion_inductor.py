@@ -1,0 +1,98 @@
+"""The aten forms compiled by Inductor to C++ equal the reference to the bit, on every kind of data.
+
+Encoding and decoding are compiled together but on separate inputs, so that no intermediate value can be handed over
+without passing through its encoded form.
+"""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from actcompile.kernels import BlockFormat
+from actcompile.kernels.lossless import pack_bits_aten, pack_bits_reference, unpack_bits_aten
+from actcompile.kernels.quantize import dequantize_aten, dequantize_reference, quantize_aten, quantize_reference
+from tests.strategies import KINDS, assert_same_bits, assert_same_encoding, seed_tensor, values
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """As many threads as there are, so that Inductor writes its parallel loops."""
+
+
+def expansion(fmt, bit_words, tail):
+    """A function that encodes `x` and `mask`, and decodes what else it is given."""
+
+    def run(x, seed, mask, words, low, high, packed):
+        encoded = quantize_aten(x, seed, 1, fmt, tail=tail)
+        decoded = dequantize_aten(words, low, high, x.shape, x.dtype, fmt, tail=tail)
+        packed_mask = pack_bits_aten(mask, bit_words, tail=tail)
+        return encoded, decoded, packed_mask, unpack_bits_aten(packed, mask.shape, tail=tail)
+
+    return run
+
+
+def arguments(x, fmt, bit_words, seed):
+    mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(9)) < 0.5
+    return x, seed, mask, *quantize_reference(x, seed, 1, fmt), pack_bits_reference(mask, bit_words)
+
+
+def check(run, x, fmt, bit_words, seed):
+    *inputs, packed = arguments(x, fmt, bit_words, seed)
+    mask, *reference = inputs[2:]
+    encoded, decoded, packed_mask, unpacked = run(*inputs, packed)
+    assert_same_encoding(encoded, reference)
+    assert_same_bits(decoded, dequantize_reference(*reference, x.shape, x.dtype, fmt))
+    assert torch.equal(packed_mask.view(torch.int32), packed.view(torch.int32))
+    assert torch.equal(unpacked, mask)
+
+
+def data(kind, rows, width, dtype):
+    """One kind of values; with some rows that NaN and infinities make not finite, under the name "not finite"."""
+    x = values("normal" if kind == "not finite" else kind, rows * width, 5).view(rows, width)
+    if kind == "not finite":
+        x[1, 3] = float("nan")
+        x[rows // 2, 0] = float("inf")
+        x[rows // 2 + 2, :3] = -float("inf")
+        x[-1, -1] = float("nan")
+    return x.to(dtype)
+
+
+# format, rows, width, dtype, words of a group of the mask, whether a tail is left over
+FORMATS = {
+    "aligned": (BlockFormat(2, 256), 24, 256, torch.float32, 64, False),
+    "bfloat16": (BlockFormat(4, 16, "variance-minimising", torch.bfloat16), 32, 64, torch.bfloat16, 16, False),
+    "8 bits": (BlockFormat(8, 100, "variance-minimising"), 19, 50, torch.float16, 7, True),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_static_sizes(name):
+    fmt, rows, width, dtype, bit_words, tail = FORMATS[name]
+    assert tail == (rows * width % fmt.group != 0)
+    example = arguments(data("normal", rows, width, dtype), fmt, bit_words, seed_tensor(3))
+    # traced first, as in a graph pass: Dynamo would trace the search for the levels, too
+    run = torch.compile(make_fx(expansion(fmt, bit_words, tail), tracing_mode="fake")(*example), fullgraph=True)
+    failed = {}
+    for kind in (*KINDS, "not finite"):
+        x = data(kind, rows, width, dtype)
+        try:
+            check(run, x, fmt, bit_words, seed_tensor(3))
+        except AssertionError as error:
+            failed[kind] = str(error)
+    assert not failed
+
+
+def test_an_odd_width_and_a_changing_number_of_rows():
+    fmt = BlockFormat(2, 47)
+    run = torch.compile(expansion(fmt, 3, tail=True), fullgraph=True)
+    example = arguments(data("normal", 64, 47, torch.float32), fmt, 3, seed_tensor(4))
+    for tensor in example:
+        if tensor.shape[0] != len(seed_tensor(4)):
+            torch._dynamo.mark_dynamic(tensor, 0)  # public in all but its name
+    run(*example)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for rows in (5, 64, 333):
+            for kind in ("normal", "not finite", "mixed magnitudes"):
+                check(run, data(kind, rows, 47, torch.float32), fmt, 3, seed_tensor(rows))
