@@ -38,7 +38,12 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 # Nodes inserted after the trace must be decomposed by us as Inductor would have ("both a fallback and a decomp").
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
+
+# Inductor's lowering of an op to its loop IR: a whole op in one loop body compiles ten times faster than as many aten ops.
+from torch._inductor.ir import ConcatKernel, Pointwise, TensorBox
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
+from torch._inductor.virtualized import ops as loop_ops
 
 # What TORCH_TRACE writes and tlparse reads.
 from torch._logging import trace_structured
@@ -58,6 +63,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_tru
 from torch.utils import _pytree as pytree
 
 # Turns a sympy expression into graph nodes; torch's own runtime-assert pass uses it so.
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing  # how Inductor spells divided sizes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import IntInfinity
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -69,11 +75,17 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
+    "FloorDiv",
     "IntInfinity",
     "InvalidCxxCompiler",
+    "ModularIndexing",
     "OptimizedModule",
+    "ConcatKernel",
+    "Pointwise",
+    "TensorBox",
     "ShapeEnv",
     "UnsupportedFakeTensorException",
+    "V",
     "aot_autograd",
     "bound_sympy",
     "boxed_nop",
@@ -85,18 +97,23 @@ __all__ = [
     "eval_frame",
     "expression",
     "fake_values",
+    "fallback_handler",
     "get_cpp_compiler",
     "graph_break_reasons",
     "guards",
     "inductor_partition",
     "known_true",
+    "loop_ops",
+    "lowerings",
     "min_cut_rematerialization_partition",
     "pgo",
     "pytree",
+    "register_lowering",
     "saved_descriptor",
     "select_decomp_table",
     "size_hint",
     "size_node",
+    "sympy",
     "trace_artefact",
 ]
 

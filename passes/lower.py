@@ -1,4 +1,7 @@
-"""`lower`: expands our ops on CPU tensors into plain aten ops, which Inductor fuses into vectorised C++."""
+"""`lower`: prepares our ops on CPU tensors for Inductor, which then fuses them into vectorised C++.
+
+Decoding ops are expanded into plain aten ops here; encoding ops stay, and are lowered by `loops` to one loop body each.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +10,10 @@ import torch
 from torch import fx
 
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.lossless import pack_bits_aten, unpack_bits_aten
-from actcompile.kernels.quantize import dequantize_aten, quantize_aten
+from actcompile.kernels.lossless import unpack_bits_aten
+from actcompile.kernels.quantize import dequantize_aten
 
-from . import _torch
+from . import _torch, loops
 from .split import Split, is_tensor
 
 ops = torch.ops.actcompile
@@ -24,18 +27,9 @@ def _fills(sizes: Any, group: int) -> bool:
     return _torch.known_true(numel % group == 0)
 
 
-def _quantize(x, seed, salt, bits, block, levels, metadata, words):
-    fmt = BlockFormat(bits, block, levels, metadata, words)
-    return quantize_aten(x, seed, salt, fmt, tail=not _fills(x.shape, fmt.group))
-
-
 def _dequantize(words, low, high, size, dtype, bits, block, levels):
     fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
     return dequantize_aten(words, low, high, size, dtype, fmt, tail=not _fills(size, fmt.group))
-
-
-def _pack_bits(mask, words):
-    return pack_bits_aten(mask, words, tail=not _fills(mask.shape, 32 * words))
 
 
 def _unpack_bits(packed, size):
@@ -43,17 +37,18 @@ def _unpack_bits(packed, size):
 
 
 EXPANSIONS: dict[Any, Callable[..., Any]] = {
-    ops.quantize.default: _quantize,
     ops.dequantize.default: _dequantize,
-    ops.pack_bits.default: _pack_bits,
     ops.unpack_bits.default: _unpack_bits,
     ops.narrow.default: lambda x, dtype: x.to(dtype),
     ops.widen.default: lambda x, dtype: x.to(dtype),
 }
 
 
+loops.register()
+
+
 def lower(split: Split) -> Split:
-    """Replaces every op of ours on the CPU by its expansion, in both graphs."""
+    """Replaces every decoding op on the CPU by its expansion, in both graphs."""
     for module in (split.forward, split.backward):
         for node in list(module.graph.nodes):
             expansion = EXPANSIONS.get(node.target) if node.op == "call_function" else None

@@ -14,8 +14,7 @@ class Split:
 
     The forward graph returns the user's outputs, then what is saved: tensors with version check, tensors without,
     opaque values, symbolic sizes. The backward graph takes the symbolic sizes first, then the others in the same
-    order, then
-    tangents. `pairs` lists, in the forward's order, every saved node with its backward placeholder; passes change it
+    order, then tangents. `pairs` lists, in the forward's order, every saved node with its backward placeholder; passes change it
     through the methods below, and `finish` writes it back.
 
     Args:
@@ -28,14 +27,15 @@ class Split:
         self.output = forward.graph.output_node()
         returned = list(self.output.args[0])  # type: ignore[arg-type]
         self.user_outputs: list[Any] = returned[:outputs]
-        placeholders = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
-        self.pairs: list[tuple[fx.Node, fx.Node]] = []
-        for node in returned[outputs:]:
-            if not isinstance(node, fx.Node) or node.name not in placeholders:
-                raise ValueError(f"the saved value {node} of the forward graph is no input of the backward graph")
-            self.pairs.append((node, placeholders[node.name]))
-        saved = {placeholder for _, placeholder in self.pairs}
-        self.runtime_inputs = [n for n in placeholders.values() if n not in saved]  # tangents, random states
+        saved, inputs = returned[outputs:], backward.graph.find_nodes(op="placeholder")
+        sizes = sum(is_size(n) for n in saved)
+        # By position: states of random generators (of checkpointed regions) have another name in either graph.
+        self.pairs = list(zip(saved, [*inputs[sizes : len(saved)], *inputs[:sizes]], strict=True))
+        names = {placeholder.name for placeholder in inputs}
+        for node, placeholder in self.pairs:
+            if node.name in names and node.name != placeholder.name:
+                raise ValueError(f"the saved value {node} of the forward graph is input {placeholder} of backward")
+        self.runtime_inputs = inputs[len(saved) :]  # tangents, states of random generators
 
     def origin(self) -> dict[fx.Node, fx.Node]:
         """From backward placeholder to the forward node whose value it has."""
@@ -117,6 +117,10 @@ class Split:
 
 def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:

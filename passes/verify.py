@@ -7,7 +7,7 @@ from torch import fx
 
 from .codecs import Keep, Quantize
 from .plan import Plan
-from .split import Split, is_tensor
+from .split import Split, is_size, is_tensor
 
 ops = torch.ops.actcompile
 FORBIDDEN = ("tangents", "bwd_seed", "bwd_base_offset", "bwd_rng_state")  # torch reads a meaning into these names
@@ -36,7 +36,7 @@ def verify(split: Split, plan: Plan, user_outputs: list[object], gradients: int)
     _require(len(_returned(backward)) == gradients, "the number of gradients changed", _returned(backward))
 
     inputs = [n for n in backward.find_nodes(op="placeholder") if n not in split.runtime_inputs]
-    sizes = [n for n in saved if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))]
+    sizes = [n for n in saved if is_size(n)]
     others = [n for n in saved if n not in sizes]
     _require(saved == others + sizes, "sizes are not the last of what is saved", saved)
     _require(len(inputs) == len(saved), "forward saves another number of values than backward takes", inputs)
