@@ -44,7 +44,7 @@ class BlockFormat:
     words: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}")
         if not isinstance(self.block, int) or self.block < 1:
             raise ValueError(f"block must be a positive integer, got {self.block!r}")
@@ -52,6 +52,8 @@ class BlockFormat:
             raise ValueError(f"levels must be one of {LEVELS}, got {self.levels!r}")
         if self.metadata not in METADATA:
             raise ValueError(f"metadata must be torch.float32 or torch.bfloat16, got {self.metadata!r}")
+        if type(self.words) is not int or self.words < 0:
+            raise ValueError(f"words must be an integer of at least 0, got {self.words!r}")
         if self.words == 0:
             object.__setattr__(self, "words", self._default_words())
         slots = self.planes * self.words

@@ -39,7 +39,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 
-# Inductor's lowering of an op to its loop IR: a whole op in one loop body compiles ten times faster than as many aten ops.
+# Inductor's loop IR: a whole op as one loop body compiles ten times faster than as many aten ops.
 from torch._inductor.ir import ConcatKernel, Pointwise, TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V

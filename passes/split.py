@@ -14,8 +14,8 @@ class Split:
 
     The forward graph returns the user's outputs, then what is saved: tensors with version check, tensors without,
     opaque values, symbolic sizes. The backward graph takes the symbolic sizes first, then the others in the same
-    order, then tangents. `pairs` lists, in the forward's order, every saved node with its backward placeholder; passes change it
-    through the methods below, and `finish` writes it back.
+    order, then tangents. `pairs` lists, in the forward's order, every saved node with its backward
+    placeholder; passes change it through the methods below, and `finish` writes it back.
 
     Args:
         forward, backward: what torch's partitioner returned; both are changed in place.
