@@ -16,7 +16,7 @@ from torch import Tensor
 from . import random_bits
 from .format import BlockFormat
 from .levels import decode_map, encode_map
-from .quantize import SMALLEST_HALF_RANGE
+from .quantize import SMALLEST_HALF_RANGE, WIDE_HALF_RANGE
 from .triton_tile import LOAD, THREADS, Tile, elements_left, on_device, plane_mask, rows, tile_for
 
 MIX_1 = tl.constexpr(random_bits.MIX_1)
@@ -24,6 +24,7 @@ MIX_2 = tl.constexpr(random_bits.MIX_2)
 LCG_MULTIPLIER = tl.constexpr(random_bits.LCG_MULTIPLIER)
 LCG_INCREMENT = tl.constexpr(random_bits.LCG_INCREMENT)
 SMALLEST = tl.constexpr(SMALLEST_HALF_RANGE)
+WIDE = tl.constexpr(WIDE_HALF_RANGE)
 INFINITY = tl.constexpr(float("inf"))
 KEPT = 64  # elements of a block that a thread keeps in registers
 MOST = 128  # elements of a group that a thread works on
@@ -64,6 +65,15 @@ def half_range(low, high):
     """`quantize.half_range`."""
     half_low = low * 0.5
     return half_low, greatest(high * 0.5 - half_low, SMALLEST)
+
+
+@triton.jit
+def decode_scale(low, high, TOP: tl.constexpr):
+    """`quantize.decode_scale`."""
+    _, half = half_range(low, high)
+    wide = half > WIDE
+    shrink = tl.where(wide, 0.25, 1.0)
+    return half * shrink * (2.0 / TOP), low * shrink, tl.where(wide, 4.0, 1.0)
 
 
 @triton.jit
@@ -257,12 +267,11 @@ def dequantize_tile(
         word = tl.load(packed, mask=(j < WORDS)[None, :], other=0).to(tl.uint32, bitcast=True)
     for b in tl.static_range(BLOCKS):
         meta = tile * BLOCKS + (row * BLOCKS + b)
-        base = tl.load(low + meta).to(tl.float32)
-        _, half = half_range(base, tl.load(high + meta).to(tl.float32))
-        step = half * (2.0 / TOP)
+        lowest, highest = tl.load(low + meta).to(tl.float32), tl.load(high + meta).to(tl.float32)
+        step, minimum, factor = decode_scale(lowest, highest, TOP)
         for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
             code = ((word >> (BITS * k)) & TOP).to(tl.int32).to(tl.float32)
-            value = bend(code, SLOPE, TERMS) * step[:, None] + base[:, None]
+            value = (bend(code, SLOPE, TERMS) * step[:, None] + minimum[:, None]) * factor[:, None]
             mask = exists[:, None] & plane_mask(row, j, left, k, PARTIAL, GROUP, WORDS)
             tl.store(elements + k * WORDS, value.to(x.dtype.element_ty), mask=mask)
 
