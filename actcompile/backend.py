@@ -47,10 +47,12 @@ def partition(
         config: how activations are kept.
         lowered: whether our ops on CPU tensors are expanded for Inductor.
     """
+    names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
+    parameters = [names[i] for i in options.get("static_lifetime_input_indices") or ()]
     forward, backward = _torch.min_cut_rematerialization_partition(
         joint, inputs, num_fwd_outputs=num_fwd_outputs, **options
     )
-    split = Split(forward, backward, num_fwd_outputs)
+    split = Split(forward, backward, num_fwd_outputs, parameters)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(backward)
     saved_by_torch = find(split)
 

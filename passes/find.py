@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from . import _torch
-from .split import Split, is_tensor, root
+from .split import Split, is_tensor, is_view, root
 
 aten = torch.ops.aten
 
@@ -22,6 +22,7 @@ INDEX_ARGUMENT = {  # op -> (position of the index, position of the indexed tens
     aten.scatter_reduce.two: (2, 0, 1),
     aten.index_add.default: (2, 0, 1),
 }
+CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clone.default)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def find(split: Split) -> list[SavedActivation]:
         refusal = _refusal(node, base, user_outputs)
         if refusal is None and not all(split.knows(size) for size in node.meta["val"].shape):
             refusal = "its size depends on data and can't be handed on"
+        if refusal is None and _uncast(node) in split.parameters:
+            refusal = "a parameter in another dtype: noise in it would reach every row"
         bound = _bound(placeholder)
         if refusal is None and base in shared:
             refusal = "shares its memory with another saved activation"
@@ -103,6 +106,13 @@ def find(split: Split) -> list[SavedActivation]:
             )
         )
     return found
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """The node that `node` is a view or a cast of."""
+    while (is_view(node) or node.target in CASTS) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _refusal(node: fx.Node, base: fx.Node, user_outputs: set[fx.Node]) -> str | None:

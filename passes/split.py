@@ -1,6 +1,6 @@
 """`Split`: the forward and the backward graph, and which output of the one is which input of the other."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,14 @@ class Split:
     Args:
         forward, backward: what torch's partitioner returned; both are changed in place.
         outputs: number of the forward's outputs that are not saved activations.
+        parameters: names of the forward's inputs that live from step to step, parameters and buffers.
     """
 
-    def __init__(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> None:
+    def __init__(
+        self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int, parameters: Collection[str] = ()
+    ) -> None:
         self.forward, self.backward = forward, backward
+        self.parameters = {n for n in forward.graph.find_nodes(op="placeholder") if n.name in parameters}
         self.output = forward.graph.output_node()
         returned = list(self.output.args[0])  # type: ignore[arg-type]
         self.user_outputs: list[Any] = returned[:outputs]
