@@ -1,0 +1,101 @@
+"""Measures encoding and decoding against a plain copy: `python -m bench.copying '{"rows": ..., "steps": ...}'`.
+
+Prints one JSON object. Runs in a process of its own, because the allocator's settings are read when a process starts.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import actcompile.kernels  # noqa: F401  registers the ops
+from actcompile.kernels import BlockFormat
+from actcompile.kernels.quantize import dequantize_aten, dequantize_reference, quantize_reference
+from actcompile.passes import _torch
+from actcompile.passes.plan import Policy, fit_format
+
+Formats = list[tuple[int, int, str]]  # width, block asked for, levels
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    torch.set_num_threads(settings["threads"])
+    results = []
+    for width, block, levels in settings["formats"]:
+        results.append(measure(settings["rows"], width, block, levels, settings["steps"]))
+        print(json.dumps(results[-1]), flush=True)
+
+
+def measure(rows: int, width: int, block: int, levels: Any, steps: int) -> dict[str, Any]:
+    """Medians of alternating runs, in milliseconds, after a check of a few rows against the reference."""
+    x = torch.randn(rows, width)
+    fmt = fit_format(x, 2, Policy(bits=2, block=block, levels=levels))
+    seed = torch.ops.actcompile.draw_seed(1, x.device)
+    encode = torch.compile(lambda x, seed: torch.ops.actcompile.quantize(x, seed, 0, *fields(fmt)), dynamic=False)
+    encoded = encode(x, seed)
+    expanded = decoder(encoded, [rows, width], fmt)
+    decode = torch.compile(expanded, dynamic=False)
+
+    few = 4 * fmt.group
+    exact = quantize_reference(x.flatten()[:few], seed, 0, fmt)
+    same = all(torch.equal(bits(a[: len(b)]), bits(b)) for a, b in zip(encoded, exact, strict=True))
+    restored = dequantize_reference(*exact, [few], x.dtype, fmt)
+    same = same and torch.equal(decode(*encoded).flatten()[:few], restored)
+
+    target = torch.empty_like(x)
+    runs: dict[str, Callable[[], Any]] = {
+        "copy": lambda: target.copy_(x),
+        "quantize": lambda: encode(x, seed),
+        "dequantize": lambda: decode(*encoded),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for step in range(steps + 3):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if step >= 3:
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    return {
+        "width": width,
+        "block_asked": block,
+        "block": fmt.block,
+        "words": fmt.words,
+        "levels": levels,
+        "correct": same,
+        "milliseconds": medians,
+        "quantize_speed": medians["copy"] / medians["quantize"],
+        "dequantize_speed": medians["copy"] / medians["dequantize"],
+    }
+
+
+def fields(fmt: BlockFormat) -> tuple[Any, ...]:
+    return fmt.bits, fmt.block, fmt.levels, fmt.metadata, fmt.words
+
+
+def bits(words: Tensor) -> Tensor:
+    return words.contiguous().view(torch.int32)
+
+
+def decoder(encoded: tuple[Tensor, ...], size: list[int], fmt: BlockFormat) -> fx.GraphModule:
+    """The expansion of `dequantize` as the pass inserts it."""
+    numel = size[0] * size[1]
+    with _torch.FakeTensorMode() as mode:
+        values: list[Any] = [mode.from_tensor(t) for t in encoded]
+        return _torch.decompose(
+            lambda words, low, high: dequantize_aten(
+                words, low, high, size, torch.float32, fmt, tail=numel % fmt.group != 0
+            ),
+            values,
+        )
+
+
+if __name__ == "__main__":
+    main()
