@@ -188,6 +188,7 @@ def analyse(gm: fx.GraphModule, inputs: list[Any], config: Config) -> list[Graph
         bw_compiler=_torch.boxed_nop,
         partition_fn=split,
         decompositions=_torch.select_decomp_table(),
+        keep_inference_input_mutations=True,
     )
     with recording() as reports:
         compiler(gm, inputs)

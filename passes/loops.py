@@ -179,11 +179,18 @@ def _encode(x: Any, rest: Any, first: Any, seed: Any, salt: int, fmt: BlockForma
                 half = (half_high - half_low)._binary("maximum", SMALLEST_HALF_RANGE)
                 scales[b] = half_low, (fmt.top * 256.0) / half, half < float("inf")  # type: ignore[operator]
             half_low, inverse, finite = scales[b]
-            plane = Value(load_x([group, k * width + j]), x_dtype).to(float32)
+            if k * width >= fmt.group:
+                break
+            inside = None  # the last plane of a group with unused slots is cut short
+            if (k + 1) * width > fmt.group:
+                inside = Value(ops.index_expr(j, torch.int64), torch.int64) < fmt.group - k * width
+            plane = Value(_load(load_x, [group, k * width + j], inside), x_dtype).to(float32)
             place = apply_map((plane * 0.5 - half_low) * inverse, encode_map(fmt))
             code = ((place + 0.5).to(int32) + ((bits >> (8 * (k % 4))) & 0xFF)) >> 8  # type: ignore[operator]
             if rest is not None:
                 code = code.or_zero(exists(k * width + j))
+            if inside is not None:
+                code = code.or_zero(inside)
             if blocks > 1:
                 code = code.or_zero(finite)
             code = code << (fmt.bits * k) if k else code
@@ -196,6 +203,10 @@ def _encode(x: Any, rest: Any, first: Any, seed: Any, salt: int, fmt: BlockForma
     if fmt.metadata is not float32:
         low, high = (lower[torch.ops.prims.convert_element_type.default](m, fmt.metadata) for m in (low, high))
     return words, low, high
+
+
+def _load(load: Callable[[Sequence[Any]], Any], index: Sequence[Any], inside: Value | None) -> Any:
+    return load(index) if inside is None else ops.masked(inside.value, lambda: load(index), 0.0)
 
 
 def _truncate(x: Value, away: Value) -> Value:

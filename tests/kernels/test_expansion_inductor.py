@@ -1,4 +1,5 @@
-"""The aten forms compiled by Inductor to C++ equal the reference to the bit, on every kind of data.
+"""What Inductor compiles to C++ equals the reference to the bit, on every kind of data: encoding ops, lowered to loops,
+and decoding ops, expanded into aten.
 
 Encoding and decoding are compiled together but on separate inputs, so that no intermediate value can be handed over
 without passing through its encoded form.
@@ -9,11 +10,14 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.lossless import pack_bits_aten, pack_bits_reference, unpack_bits_aten
-from actcompile.kernels.quantize import dequantize_aten, dequantize_reference, quantize_aten, quantize_reference
+from actcompile.kernels.lossless import pack_bits_reference, unpack_bits_aten
+from actcompile.kernels.quantize import dequantize_aten, dequantize_reference, quantize_reference
+from actcompile.passes import loops
 from tests.strategies import KINDS, assert_same_bits, assert_same_encoding, seed_tensor, values
 
 pytestmark = pytest.mark.slow
+ops = torch.ops.actcompile
+loops.register()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,13 +25,21 @@ def threads():
     """As many threads as there are, so that Inductor writes its parallel loops."""
 
 
+@pytest.fixture(autouse=True)
+def no_caches():
+    """Outside the product's partitioner no cache knows that a lowering has changed."""
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+
+
 def expansion(fmt, bit_words, tail):
     """A function that encodes `x` and `mask`, and decodes what else it is given."""
 
     def run(x, seed, mask, words, low, high, packed):
-        encoded = quantize_aten(x, seed, 1, fmt, tail=tail)
+        fields = fmt.bits, fmt.block, fmt.levels, fmt.metadata, fmt.words
+        encoded = ops.quantize(x, seed, 1, *fields)
         decoded = dequantize_aten(words, low, high, x.shape, x.dtype, fmt, tail=tail)
-        packed_mask = pack_bits_aten(mask, bit_words, tail=tail)
+        packed_mask = ops.pack_bits(mask, bit_words)
         return encoded, decoded, packed_mask, unpack_bits_aten(packed, mask.shape, tail=tail)
 
     return run
