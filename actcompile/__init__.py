@@ -1,8 +1,8 @@
 """Compress what a model saves for backward, as a pass of `torch.compile`.
 
-    model = actcompile.compress(model)
-    step = torch.compile(model, backend="actcompile", options={"bits": 4})
-    print(actcompile.explain(model, *inputs))
+model = actcompile.compress(model)
+step = torch.compile(model, backend="actcompile", options={"bits": 4})
+print(actcompile.explain(model, *inputs))
 """
 
 import torch

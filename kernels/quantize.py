@@ -154,18 +154,16 @@ def _encode(
 
     group = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)[:, None] + first_group
     index = group * width + torch.arange(width, dtype=torch.int32, device=x.device)[None, :]
-    noise = random_words(index.to(torch.int32), seed, salt, -(-fmt.planes // 4))
-    words, bits = None, None
+    noise = list(random_words(index.to(torch.int32), seed, salt, -(-fmt.planes // 4)))
+    words = None
     for k in range(fmt.planes):
-        if k % 4 == 0:
-            bits = next(noise)
         plane = x[:, k * width : (k + 1) * width]
         if plane.shape[1] == 0:
             break
         b = k * width // fmt.block
         position = (plane * 0.5 - half_low[:, b : b + 1]) * inverse[:, b : b + 1]
         position = apply_map(position, encode_map(fmt))
-        byte = (bits >> (8 * (k % 4))) & 0xFF
+        byte = (noise[k // 4] >> (8 * (k % 4))) & 0xFF
         if plane.shape[1] < width:
             byte = byte[:, : plane.shape[1]]
         code = ((position + 0.5).to(torch.int32) + byte) >> 8

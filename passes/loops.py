@@ -166,12 +166,10 @@ def _encode(x: Any, rest: Any, first: Any, seed: Any, salt: int, fmt: BlockForma
     def words_of(index: Sequence[Any]) -> Value:
         group, j = index
         position = Value(ops.index_expr((group + first) * width + j, int32), int32)
-        noise = random_words(position, load_seed, salt, -(-fmt.planes // 4))  # type: ignore[arg-type]
-        words = bits = None
+        noise: list[Any] = list(random_words(position, load_seed, salt, -(-fmt.planes // 4)))  # type: ignore[arg-type]
+        words = None
         scales: dict[int, tuple[Value, Value, Value]] = {}
         for k in range(fmt.planes):
-            if k % 4 == 0:
-                bits = next(noise)
             b = k * width // fmt.block
             if b not in scales:
                 half_low = Value(load_low([group, _torch.sympy.Integer(b)]), float32) * 0.5
@@ -186,7 +184,7 @@ def _encode(x: Any, rest: Any, first: Any, seed: Any, salt: int, fmt: BlockForma
                 inside = Value(ops.index_expr(j, torch.int64), torch.int64) < fmt.group - k * width
             plane = Value(_load(load_x, [group, k * width + j], inside), x_dtype).to(float32)
             place = apply_map((plane * 0.5 - half_low) * inverse, encode_map(fmt))
-            code = ((place + 0.5).to(int32) + ((bits >> (8 * (k % 4))) & 0xFF)) >> 8  # type: ignore[operator]
+            code = ((place + 0.5).to(int32) + ((noise[k // 4] >> (8 * (k % 4))) & 0xFF)) >> 8
             if rest is not None:
                 code = code.or_zero(exists(k * width + j))
             if inside is not None:

@@ -12,6 +12,12 @@ from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
+from actcompile import Config
+from actcompile.passes.bias import bias
+from actcompile.passes.find import find
+from actcompile.passes.masks import masks
+from actcompile.passes.plan import Plan, plan
+from actcompile.passes.rewrite import rewrite
 from actcompile.passes.split import Split
 from bench.models import build
 
@@ -100,6 +106,16 @@ def uncompressed(function: Any, transform: Pass | None = None, **options: Any) -
         keep_inference_input_mutations=True,
     )
     return torch.compile(function, backend=backend, **options)
+
+
+def every_pass(split: Split, **options: Any) -> Plan:
+    """What the backend does to a split, up to `Split.finish`."""
+    masks(split)
+    activations = find(split)
+    floats = [a.placeholder for a in activations if a.refusal is None and a.value.is_floating_point()]
+    chosen = plan(activations, bias(split.backward.graph, floats), Config(**options).policy())
+    rewrite(split, chosen)
+    return chosen
 
 
 def ops(gm: fx.GraphModule | fx.Graph) -> list[str]:

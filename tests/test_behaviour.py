@@ -1,4 +1,4 @@
-"""What a model may do around a compressed step: everything that `torch.compile` allows, with gradients that are right."""
+"""What a model may do around a compressed step: all that `torch.compile` allows, with gradients that are right."""
 
 import copy
 
@@ -33,7 +33,9 @@ class Calls:
 
     def __exit__(self, *error):
         self.profiler.__exit__(*error)
-        self.ours = {e.name.removeprefix("actcompile::") for e in self.profiler.function_events if "actcompile" in e.name}
+        self.ours = {
+            e.name.removeprefix("actcompile::") for e in self.profiler.function_events if "actcompile" in e.name
+        }
 
 
 @pytest.mark.parametrize("name", ["sage", "max_min", "edge_mlp"])
@@ -194,7 +196,8 @@ def test_autocast(options):
     if options is EXACT:
         assert_equal(ours, reference)
     else:
-        assert any(r.codec.startswith("quantize") and r.dtype == "bfloat16" for g in report.graphs for r in g.rows)
+        rounded = [r for g in report.graphs for r in g.rows if r.codec.startswith("quantize")]
+        assert rounded and all(r.dtype == "bfloat16" and "64" in r.shape for r in rounded)  # never a weight's copy
         assert_close(ours, reference, within=0.05)
 
 

@@ -34,7 +34,9 @@ def test_a_wrong_value_names_its_field_and_what_it_got(field, value):
     assert repr(value) in str(error.value)
 
 
-@pytest.mark.parametrize("rules", ["convs", ["convs"], 3, ("convs", keep()), {"convs": "keep"}, {"convs": 4}, {1: keep()}])
+@pytest.mark.parametrize(
+    "rules", ["convs", ["convs"], 3, ("convs", keep()), {"convs": "keep"}, {"convs": 4}, {1: keep()}]
+)
 def test_wrong_rules_name_rules(rules):
     with pytest.raises(TypeError, match=r"^rules(\[.*\])? must"):
         Config(rules=rules)
@@ -69,9 +71,7 @@ def test_a_config_is_a_value():
 
 
 def test_the_policy_has_the_fields():
-    policy = Config(
-        bits=1, nonlinear_bits=None, block=64, levels="uniform", metadata="bfloat16", min_bytes=7
-    ).policy()
+    policy = Config(bits=1, nonlinear_bits=None, block=64, levels="uniform", metadata="bfloat16", min_bytes=7).policy()
     assert (policy.bits, policy.nonlinear_bits, policy.block) == (1, None, 64)
     assert (policy.levels, policy.metadata, policy.min_bytes) == ("uniform", torch.bfloat16, 7)
 

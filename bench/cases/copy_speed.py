@@ -18,7 +18,7 @@ BLOCKS = (64, 128, 256, 512, 1024, 4096)
 ODD_WIDTHS = (47, 100)
 
 
-@case("copy-speed", "2-bit quantise and dequantise of 169,344 x 256 floats against copy_, blocks 64 to 4096, odd widths")
+@case("copy-speed", "2-bit quantise and dequantise of 169,344 x 256 floats against copy_, blocks 64 to 4096")
 def run(options: Options) -> dict[str, Any]:
     formats: list[tuple[int, int, str]] = [(256, block, "uniform") for block in BLOCKS]
     formats += [(256, 256, "variance-minimising")] + [(width, 256, "uniform") for width in ODD_WIDTHS]

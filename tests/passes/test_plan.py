@@ -97,7 +97,12 @@ def test_a_rule_of_the_module_decides():
 
 
 def test_the_plan_is_in_order_and_pure():
-    activations = [activation(FLOAT), activation(MASK), activation(INDEX, bound=9), activation(FLOAT, aten.full.default)]
+    activations = [
+        activation(FLOAT),
+        activation(MASK),
+        activation(INDEX, bound=9),
+        activation(FLOAT, aten.full.default),
+    ]
     graphs = [str(a.node.graph) for a in activations]
     made = plan(activations, {}, POLICY)
     assert [c.activation for c in made.choices] == activations
