@@ -4,7 +4,7 @@ Read and tried with torch 2.13.0.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import sympy
@@ -153,9 +153,12 @@ def expression(size: Any) -> Any:
 
 @contextmanager
 def fake_values(graph: torch.fx.Graph) -> Iterator[Any]:
-    """Enters the fake mode that the graph's values belong to."""
+    """Enters the fake mode that the graph's values belong to, for ops whose results have the same form at all sizes.
+
+    No guards are made: asked whether a result is contiguous, fake tensors guard on sizes such as a number of groups.
+    """
     values = [v for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
-    with _mode(values) as mode:
+    with _mode(values) as mode, mode.shape_env.suppress_guards() if mode.shape_env else nullcontext():
         yield mode
 
 

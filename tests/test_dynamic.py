@@ -1,6 +1,7 @@
 """Sizes that change from batch to batch, and sizes that depend on data."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -33,13 +34,18 @@ def compilations(monkeypatch):
         return compile_graph(gm, inputs, config)
 
     monkeypatch.setattr(api, "compile_graph", counted)
-    torch._dynamo.utils.clear_compilation_metrics()
     return graphs
 
 
-def guards() -> str:
+@pytest.fixture
+def guards(caplog):
     """Which guards made Dynamo compile again."""
-    return "\n".join(m.recompile_reason for m in torch._dynamo.utils.get_compilation_metrics() if m.recompile_reason)
+    torch._logging.set_logs(recompiles_verbose=True)
+    logger = logging.getLogger("torch._dynamo.guards.__recompiles_verbose")
+    logger.addHandler(caplog.handler)
+    yield lambda: "\n".join(record.getMessage() for record in caplog.records)
+    logger.removeHandler(caplog.handler)
+    torch._logging.set_logs()
 
 
 def batches(number: int):
@@ -53,7 +59,7 @@ def batches(number: int):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("options", [FAST, EXACT], ids=["rounded", "exact"])
-def test_twenty_batches_compile_at_most_twice(options, dynamic, compilations):
+def test_twenty_batches_compile_at_most_twice(options, dynamic, compilations, guards):
     model = compress(gnn(dropout=0.0), dynamic=dynamic, **options)
     reference = copy.deepcopy(model)
     plain = uncompressed(reference, dynamic=dynamic)
@@ -86,8 +92,6 @@ def test_self_loops_in_the_model_with_unbacked_sizes(name, dynamic, compilations
         (made,) = explain(model).graphs
         assert made.bytes_after < made.bytes_before
         assert any("u0" in size for row in made.rows for size in row.shape)
-        assert any(row.codec.startswith("narrow") for row in made.rows)
-        assert "_assert_scalar" in made.backward or name == "gat" or dynamic is None
         before = len(compilations)
         edges = inputs[1].clone()
         edges[1, :50] = edges[0, :50]  # more loops to replace: another number of edges, the same graph
