@@ -49,7 +49,8 @@ def compress(model: Module, config: Config | None = None, *, dynamic: bool | Non
     _check_rules(model, made)
     reports: list[GraphReport] = []
     # Isolated: models of one class share code objects, and with them a limit of eight compilations.
-    model.compile(backend=_backend_with(made, reports), dynamic=dynamic, **_trace.isolated())
+    options = {"backend": _backend_with(made, reports), "dynamic": dynamic, **_trace.isolated()}
+    _torch.compile_in_place(model, **options)
     _configs[model], _compressed[model] = made, reports
     return model
 

@@ -3,6 +3,7 @@
 Read and tried with torch 2.13.0.
 """
 
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -90,6 +91,7 @@ __all__ = [
     "bound_sympy",
     "boxed_nop",
     "compile_fx",
+    "compile_in_place",
     "convert_frame",
     "decompose",
     "detect_fake_mode",
@@ -127,6 +129,24 @@ def inductor_partition(joint: Any, inputs: Any, partitioner: Any, **options: Any
 def trace_artefact(name: str, encoding: str, payload: Any) -> None:
     """Adds an artefact to torch's structured trace (TORCH_TRACE), where one is being written."""
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+def compile_in_place(model: torch.nn.Module, **options: Any) -> None:
+    """`model.compile`, also for modules of torch itself, such as `nn.Sequential`, whose frames Dynamo skips.
+
+    Those are called from a function of ours. Each gets a code object of its own, since Dynamo counts recompiles, and
+    keeps what it compiled, by code object. `_compiled_call_impl` is what `nn.Module.compile` sets (2.0 to 2.13).
+    """
+    if type(model).forward.__module__.partition(".")[0] != "torch":
+        model.compile(**options)
+        return
+    call = model._call_impl
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
+    model._compiled_call_impl = torch.compile(own, **options)  # type: ignore[assignment]
 
 
 def saved_descriptor(position: int) -> Any:

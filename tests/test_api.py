@@ -240,3 +240,13 @@ def test_a_report_shows_both_graphs_and_marks_what_was_inserted():
     assert g.forward in report.code() and g.backward in report.code()
     shown = str(report)
     assert "pack_bits" in shown and "test_api.py" not in shown
+
+
+def test_modules_of_torch_itself_are_compressed():
+    models = [nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4)) for _ in range(2)]
+    for model in models:
+        assert compress(model, inner="aot_eager", min_bytes=0) is model
+        model(torch.randn(128, 8)).sum().backward()
+        (made,) = explain(model).graphs
+        assert made.bytes_after < made.bytes_before
+        assert model[0].weight.grad is not None
