@@ -89,11 +89,13 @@ def uncompressed(function: Any, transform: Pass | None = None, **options: Any) -
     """`function` compiled as `inner="aot_eager"` does it, without us; `transform` may change every split."""
 
     def partition(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **keywords: Any) -> Any:
+        names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
+        parameters = [names[i] for i in keywords["static_lifetime_input_indices"]]
         forward, backward = min_cut_rematerialization_partition(
             joint, inputs, num_fwd_outputs=num_fwd_outputs, **keywords
         )
         if transform is not None:
-            split = Split(forward, backward, num_fwd_outputs)
+            split = Split(forward, backward, num_fwd_outputs, parameters)
             transform(split)
             split.finish()
         return forward, backward

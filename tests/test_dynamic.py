@@ -77,6 +77,14 @@ def test_twenty_batches_compile_at_most_twice(options, dynamic, compilations, gu
     assert options is EXACT or any(row.codec.startswith("quantize") for row in last.rows)
 
 
+def assert_near(ours, theirs):
+    """Equal but for the order in which threads add up a softmax's gradients."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", ["gcn", "gat"])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_self_loops_in_the_model_with_unbacked_sizes(name, dynamic, compilations):
@@ -88,7 +96,7 @@ def test_self_loops_in_the_model_with_unbacked_sizes(name, dynamic, compilations
         compress(model, dynamic=dynamic, **EXACT)
         ours = step(model, inputs, model.parameters())
         assert_equal(ours[:1], reference)
-        assert_equal(ours, step(uncompressed(plain, dynamic=dynamic), inputs, plain.parameters()))
+        assert_near(ours, step(uncompressed(plain, dynamic=dynamic), inputs, plain.parameters()))
         (made,) = explain(model).graphs
         assert made.bytes_after < made.bytes_before
         assert any("u0" in size for row in made.rows for size in row.shape)
@@ -97,7 +105,7 @@ def test_self_loops_in_the_model_with_unbacked_sizes(name, dynamic, compilations
         edges[1, :50] = edges[0, :50]  # more loops to replace: another number of edges, the same graph
         ours = step(model, (inputs[0], edges), model.parameters())
         assert len(compilations) == before
-        assert_equal(ours, step(uncompressed(plain, dynamic=dynamic), (inputs[0], edges), plain.parameters()))
+        assert_near(ours, step(uncompressed(plain, dynamic=dynamic), (inputs[0], edges), plain.parameters()))
 
 
 def test_self_loops_in_the_model_by_default(compilations):
