@@ -1,0 +1,144 @@
+"""torch's compile caches, in processes of their own: a graph comes back for its own config only, with its report.
+
+With Inductor, so each process that misses the cache takes a while.
+"""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import actcompile
+from actcompile import Config, bits, keep
+from actcompile.backend import Partitioner
+
+SCRIPT = """
+import json, sys
+import torch
+import actcompile
+from torch._dynamo.utils import counters
+
+torch.manual_seed(0)
+backend = sys.modules["actcompile.backend"]
+options, calls, partition = json.loads(sys.argv[1]), [], backend.partition
+
+
+def counted(*args, **options):
+    calls.append(1)
+    return partition(*args, **options)
+
+
+backend.partition = counted
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+if options is None:
+    run = torch.compile(model)
+else:
+    run = actcompile.compress(model, min_bytes=0, **options)
+x = torch.randn(256, 64)
+torch.manual_seed(1)
+run(x).square().sum().backward()
+report = actcompile.explain(model)
+print(json.dumps({
+    "partitioned": len(calls),
+    "hits": counters["aot_autograd"]["autograd_cache_hit"],
+    "codecs": sorted(row.codec for graph in report.graphs for row in graph.rows if row.bytes_after),
+    "bytes": report.saved_bytes_after,
+    "code": report.code(),
+    "gradient": model[2].weight.grad.flatten()[:8].tolist(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    """Runs one step in a new process, whose caches are this module's own."""
+    folder = tmp_path_factory.mktemp("caches")
+
+    def run(options):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(options)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_warm_cache_gives_a_config_its_own_graph_and_report(process):
+    plain = process(None)
+    assert plain["codecs"] == [] and plain["partitioned"] == 0
+    first = process({})
+    assert first["hits"] == 0 and first["partitioned"] == 1  # not the uncompressed graph of before
+    assert any(c.startswith("quantize(2 bits") for c in first["codecs"]) and "pack_bits" in first["codecs"]
+    other = process({"bits": None, "nonlinear_bits": None})
+    assert other["hits"] == 0 and other["partitioned"] == 1
+    assert not any(c.startswith("quantize") for c in other["codecs"])
+    assert other["gradient"] == pytest.approx(plain["gradient"], rel=1e-4)
+    assert first["gradient"] != other["gradient"]
+
+    again = process({})
+    assert again["hits"] == 1 and again["partitioned"] == 0
+    assert {**again, "hits": 0, "partitioned": 1} == first  # the report too, and the gradient of the same seed
+    assert process(None)["gradient"] == plain["gradient"]
+
+
+CONFIGS = [Config(), Config(bits=4), Config(rules={"a": keep()}), Config(rules={"a": bits(8)}), Config(min_bytes=0)]
+
+
+def key(partitioner: Partitioner) -> bytes:
+    """The object as Inductor pickles it into its caches' keys: without a memory of what it has seen."""
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream)
+    pickler.fast = True
+    pickler.dump(partitioner)
+    return stream.getvalue()
+
+
+def test_the_partitioner_is_its_config_when_pickled():
+    for config in CONFIGS:
+        made = Partitioner(config)
+        copied = pickle.loads(pickle.dumps(made))
+        assert copied.config == config and copied.lowered == made.lowered
+        assert copied.uuid() == made.uuid()
+        assert key(copied) == key(made) == key(Partitioner(config))
+    assert pickle.loads(pickle.dumps(Partitioner(Config(), lowered=False))).lowered is False
+
+
+def test_no_two_configs_share_an_identity():
+    assert len({Partitioner(config).uuid() for config in CONFIGS}) == len(CONFIGS)
+    assert len({key(Partitioner(config)) for config in CONFIGS}) == len(CONFIGS)
+    assert Partitioner(Config()).uuid() is not None
+
+
+def test_the_identity_covers_the_source(tmp_path):
+    """A changed pass must not find graphs that the old one made: the hash of a copy with one more line differs."""
+    package = Path(actcompile.__file__).parent
+    show = (
+        "from actcompile.backend import Partitioner; from actcompile import Config; print(Partitioner(Config()).uuid())"
+    )
+    seen = []
+    for changed in (None, "passes/plan.py", "kernels/levels.py", "config.py"):
+        folder = tmp_path / str(len(seen)) / "actcompile"
+        shutil.copytree(package, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        if changed:
+            with open(folder / changed, "a") as file:
+                file.write("\n# changed\n")
+        environment = {**os.environ, "PYTHONPATH": str(folder.parent)}
+        done = subprocess.run(
+            [sys.executable, "-c", show], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        seen.append(done.stdout)
+    assert len(set(seen)) == len(seen)
+    assert seen[0].strip() == str(Partitioner(Config()).uuid())
