@@ -66,7 +66,7 @@ def forms() -> Forms:
 def _(
     x: Tensor, seed: Tensor, salt: int, bits: int, block: int, levels: str, metadata: torch.dtype, words: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return forms().quantize(x, seed, salt, BlockFormat(bits, block, levels, metadata, words))  # type: ignore[arg-type]
+    return forms().quantize(x, seed, salt, BlockFormat(bits, block, levels, metadata, words))
 
 
 @dequantize.register_kernel("cuda")
@@ -80,7 +80,7 @@ def _(
     block: int,
     levels: str,
 ) -> Tensor:
-    fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])  # type: ignore[arg-type]
+    fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
     return forms().dequantize(words, low, high, size, dtype, fmt)
 
 

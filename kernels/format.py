@@ -9,17 +9,59 @@ load and store: no lane ever needs a neighbour's value, neither in a Triton prog
 short blocks then still fill a vector register, and rows of an odd width (47, 100) can be one plane each.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 
-Levels = Literal["uniform", "variance-minimising"]
+Levels = Literal["uniform", "variance-minimising", "half-normal"]
 
 BITS = (1, 2, 4, 8)
-LEVELS: tuple[Levels, ...] = ("uniform", "variance-minimising")
+LEVELS: tuple[Levels, ...] = ("uniform", "variance-minimising", "half-normal")
+EXPLICIT_BITS = (2, 4)  # 1 bit has both levels at the ends; 256 levels would be 255 clamps, and gain next to nothing
+GRID = 2**20  # levels are multiples of 1 / GRID: the same on every machine, and up to 4 bits exact in float32
 METADATA = (torch.float32, torch.bfloat16)
-LANES = 8  # 32-bit lanes of an AVX2 register: the least `words` that a vectorised loop over `j` fills
+LANES = 16  # 32-bit lanes of an AVX-512 register, two of AVX2: the least `words` that a vectorised loop over `j` fills
+
+
+def levels_text(values: Iterable[float]) -> str:
+    """The one spelling of explicit levels: each rounded to 1 / GRID, in the fewest decimals that tell it apart."""
+    return ",".join(_shortest(float(value)) for value in values)
+
+
+def _shortest(value: float) -> str:
+    if not math.isfinite(value):
+        raise ValueError(f"levels must be finite, got {value!r}")
+    place = round(value * GRID)
+    decimals = (f"{place / GRID:.{digits}f}" for digits in range(8))  # 10**-7 < 1 / GRID: seven are always enough
+    return next(text for text in decimals if round(float(text) * GRID) == place)
+
+
+@lru_cache
+def explicit_levels(text: str, bits: int) -> tuple[float, ...]:
+    """The `2**bits` levels on the code axis that `text` spells, rounded to 1 / GRID.
+
+    Raises:
+        ValueError: `text` is neither a name in `LEVELS` nor `2**bits` ascending numbers from 0 to `2**bits - 1`.
+    """
+    top = 2**bits - 1
+    try:
+        values = tuple(round(float(value) * GRID) / GRID for value in text.split(","))
+    except (ValueError, OverflowError):  # not a number; not a finite one
+        wanted = f"or {top + 1} finite ascending numbers from 0 to {top} such as '0,0.8,2.1,3' for 2 bits"
+        raise ValueError(f"levels must be one of {LEVELS}, {wanted}, got {text!r}") from None
+    if bits not in EXPLICIT_BITS:
+        raise ValueError(f"levels must be one of {LEVELS} for {bits} bits, explicit ones are for 2 and 4, got {text!r}")
+    if len(values) != top + 1:
+        raise ValueError(f"levels must be {top + 1} numbers for {bits} bits, got {len(values)} in {text!r}")
+    if values[0] != 0 or values[-1] != top:
+        raise ValueError(f"levels must start at 0 and end at {top}, the ends of a block, got {text!r}")
+    if any(right <= left for left, right in zip(values, values[1:], strict=False)):
+        raise ValueError(f"levels must ascend by at least 2**-20 each, got {text!r}")
+    return values
 
 
 @dataclass(frozen=True)
@@ -29,7 +71,10 @@ class BlockFormat:
     Args:
         bits: bits per element, 1, 2, 4 or 8.
         block: elements that share one minimum and one maximum, at least 1.
-        levels: "uniform", or "variance-minimising" for a block modelled as a clipped normal (i-EXACT, eq. 6 to 9).
+        levels: "uniform"; "variance-minimising" for a block modelled as a clipped normal (i-EXACT, eq. 6 to 9);
+            "half-normal" for one modelled as the positive half of a normal, as ReLU leaves it; or, for 2 and 4 bits,
+            `2**bits` ascending numbers from 0 to `2**bits - 1`, as in "0,0.8,2.1,3", that the format
+            keeps as `levels_text` spells them.
         metadata: dtype in which a block's minimum and maximum are kept, `torch.float32` or `torch.bfloat16`.
         words: 32-bit words per group; 0 chooses it from `block`.
 
@@ -39,7 +84,7 @@ class BlockFormat:
 
     bits: int = 2
     block: int = 256
-    levels: Levels = "uniform"
+    levels: str = "uniform"
     metadata: torch.dtype = torch.float32
     words: int = 0
 
@@ -48,8 +93,10 @@ class BlockFormat:
             raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}")
         if not isinstance(self.block, int) or self.block < 1:
             raise ValueError(f"block must be a positive integer, got {self.block!r}")
+        if not isinstance(self.levels, str):
+            raise ValueError(f"levels must be a string, one of {LEVELS} or numbers, got {self.levels!r}")
         if self.levels not in LEVELS:
-            raise ValueError(f"levels must be one of {LEVELS}, got {self.levels!r}")
+            object.__setattr__(self, "levels", levels_text(explicit_levels(self.levels, self.bits)))
         if self.metadata not in METADATA:
             raise ValueError(f"metadata must be torch.float32 or torch.bfloat16, got {self.metadata!r}")
         if type(self.words) is not int or self.words < 0:

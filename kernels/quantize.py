@@ -229,7 +229,7 @@ def quantize(
             stores vectors of floats in one instruction and vectors of int32 through the stack.
         low, high: (groups, blocks per group) in the metadata's dtype.
     """
-    fmt = BlockFormat(bits, block, levels, metadata, words)  # type: ignore[arg-type]
+    fmt = BlockFormat(bits, block, levels, metadata, words)
     return quantize_aten(x, seed, salt, fmt, tail=x.numel() % fmt.group != 0)
 
 
@@ -253,7 +253,7 @@ def dequantize(
     levels: str,
 ) -> Tensor:
     """Decodes what `quantize` returned into a contiguous tensor of shape `size` and dtype `dtype`."""
-    fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])  # type: ignore[arg-type]
+    fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
     numel = 1
     for s in size:
         numel *= s

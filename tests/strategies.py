@@ -5,9 +5,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actcompile.kernels import BlockFormat
+from actcompile.kernels.format import EXPLICIT_BITS, LEVELS, levels_text
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FITTED_BLOCKS = (1, 2, 4, 16, 24, 47, 64, 256)  # few: finding the levels of one (bits, block) takes up to 0.4 s
+FITTED_BLOCKS = (1, 2, 4, 16, 24, 47, 64, 256)
 
 KINDS = (
     "normal",
@@ -29,9 +30,20 @@ def words_choices(bits: int, block: int) -> list[int]:
 
 
 @st.composite
+def explicit_levels(draw, bits: int) -> str:
+    """Explicit levels of a format, as text: mostly asymmetric, neighbours from 2**-9 of the range apart."""
+    gaps = draw(st.lists(st.integers(1, 32), min_size=2**bits - 1, max_size=2**bits - 1))
+    gaps = gaps[: 2 ** (bits - 1)] + gaps[: 2 ** (bits - 1) - 1][::-1] if draw(st.integers(0, 3)) == 0 else gaps
+    ends = [sum(gaps[:k]) for k in range(2**bits)]
+    return levels_text(end * ((2**bits - 1) / ends[-1]) for end in ends)
+
+
+@st.composite
 def formats(draw, bits=None, levels=None, metadata=None, blocks=None) -> BlockFormat:
     bits = draw(st.sampled_from((1, 2, 4, 8))) if bits is None else bits
-    levels = draw(st.sampled_from(("uniform", "variance-minimising"))) if levels is None else levels
+    named = st.sampled_from(LEVELS)
+    if levels is None:
+        levels = draw(st.one_of(named, explicit_levels(bits)) if bits in EXPLICIT_BITS else named)
     metadata = draw(st.sampled_from((torch.float32, torch.bfloat16))) if metadata is None else metadata
     if blocks is None:
         some = st.sampled_from(FITTED_BLOCKS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from actcompile.kernels.levels import expected_variance, level_values
+from actcompile.kernels.levels import SEGMENTS, ClippedNormal, expected_variance, normal_levels
 from bench.registry import Options, case
 from bench.results import show
 
@@ -23,17 +23,18 @@ KNOWN = {
     1024: (1.1393, 19.71),
     2048: (1.1495, 23.22),
 }
+BITS = (1, 2, 3, 4, 8)
 
 
-@case("levels", "variance-minimising levels by block size, and what they gain over uniform ones, for 2, 4 and 8 bits")
+@case("levels", "variance-minimising levels by block size, and what they gain over uniform ones, for 1 to 4 and 8 bits")
 def run(options: Options) -> dict[str, Any]:
-    results = {block: {bits: gain(bits, block) for bits in (2, 4, 8)} for block in KNOWN}
+    results = {block: {bits: gain(bits, block) for bits in BITS} for block in KNOWN}
     rows = [
         [str(block), f"{inner_level(block):.4f}", f"{KNOWN[block][0]:.4f}", *(f"{100 * g:.2f}" for g in gains.values())]
         for block, gains in results.items()
     ]
-    header = ["D", "a, 2 bits", "a, by quadrature", "2 bits: less variance, %", "4 bits, %", "8 bits, %"]
-    show(options.console, "levels 0, a, 3 - a, 3, and the variance they save", header, rows)
+    header = ["D", "a, 2 bits", "a, by quadrature", "1 bit", *(f"{bits} bits" for bits in BITS[1:])]
+    show(options.console, "levels 0, a, 3 - a, 3, and the variance that levels save, %", header, rows)
     correct = all(
         abs(inner_level(block) - a) < 1e-3 and abs(100 * results[block][2] - percent) < 0.01
         for block, (a, percent) in KNOWN.items()
@@ -46,10 +47,11 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def inner_level(block: int) -> float:
-    return level_values(2, block, "variance-minimising")[1]
+    return float(normal_levels(4, block)[1])
 
 
 def gain(bits: int, block: int) -> float:
     """The part of the uniform levels' expected variance that the variance-minimising ones save."""
-    ours = np.array(level_values(bits, block, "variance-minimising"))
-    return 1 - expected_variance(ours, bits, block) / expected_variance(np.arange(2.0**bits), bits, block)
+    model = ClippedNormal(2**bits - 1, block)
+    ours = normal_levels(2**bits, block, segments=SEGMENTS.get(bits, 0))
+    return 1 - expected_variance(ours, model) / expected_variance(np.arange(2.0**bits), model)

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from actcompile.kernels import BlockFormat, bit_words, quantize
-from tests.strategies import formats, seed_tensor, sizes, words_choices
+from actcompile.kernels.format import GRID, levels_text
+from actcompile.kernels.levels import level_values
+from tests.strategies import explicit_levels, formats, seed_tensor, sizes, words_choices
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,18 @@ from tests.strategies import formats, seed_tensor, sizes, words_choices
         ("block", None),
         ("levels", "optimal"),
         ("levels", None),
+        ("levels", (0, 0.8, 2.1, 3)),
+        ("levels", ""),
+        ("levels", "0,1,,3"),
+        ("levels", "0,0.8,3"),
+        ("levels", "0,0.5,1,2,3"),
+        ("levels", "0,2.1,0.8,3"),
+        ("levels", "0,1,1.0000001,3"),
+        ("levels", "0.1,1,2,3"),
+        ("levels", "0,1,2,2.9"),
+        ("levels", "0,1,nan,3"),
+        ("levels", "0,1,inf,3"),
+        ("levels", "-0.5,1,2,3"),
         ("metadata", torch.float16),
         ("metadata", "bfloat16"),
         ("words", 7),
@@ -32,6 +46,36 @@ from tests.strategies import formats, seed_tensor, sizes, words_choices
 def test_an_error_names_the_field(field, value):
     with pytest.raises(ValueError, match=f"^{field}"):
         BlockFormat(**{field: value})
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(1, "0,1"), (8, levels_text(range(256)))])
+def test_bits_without_explicit_levels_say_so(bits, levels):
+    with pytest.raises(ValueError, match=f"^levels must be one of .* for {bits} bits, explicit ones are for 2 and 4"):
+        BlockFormat(bits, levels=levels)
+
+
+@given(st.sampled_from((2, 4)), st.data())
+def test_explicit_levels_have_one_spelling(bits, data):
+    text = data.draw(explicit_levels(bits))
+    fmt = BlockFormat(bits, 64, text)
+    values = level_values(bits, 64, fmt.levels)
+    assert fmt.levels == text == levels_text(values)
+    other = ", ".join(f"{value:.9e}" for value in values)
+    assert BlockFormat(bits, 64, other) == fmt and hash(BlockFormat(bits, 64, other)) == hash(fmt)
+
+
+@given(st.integers(0, 255 * GRID))
+def test_a_level_is_spelled_in_the_fewest_decimals(place):
+    text = levels_text([place / GRID])
+    assert round(float(text) * GRID) == place
+    shorter = f"{place / GRID:.{max(0, len(text.partition('.')[2]) - 1)}f}"
+    assert shorter == text or round(float(shorter) * GRID) != place
+
+
+def test_levels_keep_the_decimals_they_are_given():
+    assert BlockFormat(2, 64, "0,0.8,2.1,3").levels == "0,0.8,2.1,3"
+    with pytest.raises(ValueError, match="^levels must be finite"):
+        levels_text([0, float("nan"), 2, 3])
 
 
 @pytest.mark.parametrize(("bits", "words"), [(2, -2), (2, -1), (2, 1.0), (2.0, 1), (True, 1)])

@@ -205,6 +205,7 @@ OPCHECKED = {
     "bfloat16 metadata": (BlockFormat(8, 100, metadata=torch.bfloat16), (7, 30)),
     "several blocks in a group": (BlockFormat(4, 16, metadata=torch.bfloat16), (5, 9)),
     "one bit": (BlockFormat(1, 32), (2, 50)),
+    "explicit levels": (BlockFormat(2, 64, "0,0.4,1.3,3"), (3, 50)),
     "empty": (BlockFormat(), (0, 7)),
     "scalar": (BlockFormat(4, 1), ()),
 }
@@ -222,7 +223,11 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(dequantize, (*parts, list(x.shape), dtype, fmt.bits, fmt.block, fmt.levels))
 
 
-GRAPHS = [BlockFormat(2, 47), BlockFormat(4, 16, "variance-minimising", torch.bfloat16)]
+GRAPHS = [
+    BlockFormat(2, 47),
+    BlockFormat(2, 64, "0,0.4,1.3,3"),
+    BlockFormat(4, 16, "variance-minimising", torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize("fmt", GRAPHS, ids=str)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from actcompile.kernels import BlockFormat, dequantize, quantize
-from actcompile.kernels.levels import clipped_normal, expected_variance, level_values
+from actcompile.kernels.levels import ClippedNormal, expected_variance, level_values
 from actcompile.kernels.random_bits import random_words
 from tests.strategies import formats, kinds, seed_tensor, seeds, values
 
@@ -115,6 +115,8 @@ FORMATS = [
     BlockFormat(2, 64, "variance-minimising"),
     BlockFormat(4, 16, "variance-minimising", torch.bfloat16),
     BlockFormat(8, 100, "variance-minimising"),
+    BlockFormat(2, 64, "0,0.4,1.3,3"),
+    BlockFormat(4, 16, "0,0.2,0.5,0.9,1.4,2,2.7,3.5,4.4,5.4,6.5,7.7,9,11,13,15", torch.bfloat16),
 ]
 
 
@@ -161,15 +163,29 @@ def test_clipped_normal_data_round_with_the_expected_variance(bits, levels, bloc
     """Every block has its ends in it, so that its code axis is the model's; the rest of it is the model's sample."""
     fmt = BlockFormat(bits, block, levels)
     blocks = 2**17 // block
-    mu, sigma = clipped_normal(bits, block)
-    h = np.clip(np.random.default_rng(bits).normal(mu, sigma, (blocks, block)), 0, fmt.top)
+    model = ClippedNormal(fmt.top, block)
+    h = np.clip(np.random.default_rng(bits).normal(model.mu, model.sigma, (blocks, block)), 0, fmt.top)
     h[:, 0], h[:, -1] = 0, fmt.top
     x = torch.from_numpy(h).float()
     decoded, _ = through(x, fmt, seed_tensor(bits))
     squares = (decoded - x).double()[:, 1:-1] ** 2
-    expected = expected_variance(np.array(level_values(bits, block, levels)), bits, block)
+    expected = expected_variance(level_values(bits, block, levels), model)
     z = (squares.mean() - expected) / (squares.std() / squares.numel() ** 0.5)
     assert abs(float(z)) < LIMIT
+
+
+@given(formats(bits=2, metadata=torch.float32), st.integers(0, 3), seeds)
+def test_a_level_encodes_to_its_code_and_decodes_to_itself(fmt, code, seed):
+    """Whatever the random bits: a block from 0 to 3 whose other elements are one level."""
+    assume(fmt.block > 2)
+    level = level_values(fmt.bits, fmt.block, fmt.levels)[code]
+    x = torch.full((fmt.block,), level, dtype=torch.float32)
+    x[0], x[-1] = 0, 3
+    decoded, parts = through(x, fmt, seed_tensor(seed))
+    within = torch.arange(fmt.block)
+    codes = (parts[0].view(torch.int32)[0, within % fmt.words] >> (2 * (within // fmt.words))) & 3
+    assert codes.tolist() == [0] + [code] * (fmt.block - 2) + [3]
+    assert (decoded - x).abs().max() <= 2e-6
 
 
 def test_variance_minimising_levels_measurably_lower_the_variance():

@@ -17,6 +17,7 @@ from tests.strategies import FLOATS, assert_same_bits, assert_same_encoding, val
 ROOT = Path(__file__).resolve().parents[2]
 no_gpu = not torch.cuda.is_available()
 FITTED = "variance-minimising"
+LOPSIDED = "0,0.2,0.5,0.9,1.4,2,2.7,3.5,4.4,5.4,6.5,7.7,9,11,13,15"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -84,6 +85,8 @@ GPU_FORMATS = [
     BlockFormat(1, 8),
     BlockFormat(8, 8192),
     BlockFormat(2, 1),
+    BlockFormat(2, 64, "0,0.4,1.3,3"),
+    BlockFormat(4, 256, LOPSIDED, torch.bfloat16),
 ]
 
 
