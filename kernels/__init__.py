@@ -2,19 +2,39 @@
 
 from . import cuda  # registers the ops on CUDA tensors
 from .format import BlockFormat, bit_words
+from .fp8 import cast_fp8, fp8_nbytes, restore_fp8
 from .lossless import narrow, pack_bits, unpack_bits, widen
+from .low_rank import low_rank, low_rank_nbytes, restore_low_rank
+from .projection import projection_nbytes, rademacher, rademacher_aten
+from .prune import prune, prune_nbytes, restore_pruned
 from .quantize import dequantize, quantize
 from .random_bits import draw_seed
+from .sample_rows import restore_rows, sample_rows, sample_rows_nbytes
 
 __all__ = [
     "BlockFormat",
     "bit_words",
+    "cast_fp8",
     "cuda",
     "dequantize",
     "draw_seed",
+    "fp8_nbytes",
+    "low_rank",
+    "low_rank_nbytes",
     "narrow",
     "pack_bits",
+    "projection_nbytes",
+    "prune",
+    "prune_nbytes",
     "quantize",
+    "rademacher",
+    "rademacher_aten",
+    "restore_fp8",
+    "restore_low_rank",
+    "restore_pruned",
+    "restore_rows",
+    "sample_rows",
+    "sample_rows_nbytes",
     "unpack_bits",
     "widen",
 ]

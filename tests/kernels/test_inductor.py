@@ -1,5 +1,4 @@
-"""What Inductor compiles to C++ equals the reference to the bit, on every kind of data: encoding ops, lowered to loops,
-and decoding ops, expanded into aten.
+"""What Inductor compiles to C++ equals the reference to the bit, on every kind of data.
 
 Encoding and decoding are compiled together but on separate inputs, so that no intermediate value can be handed over
 without passing through its encoded form.
@@ -7,17 +6,15 @@ without passing through its encoded form.
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.lossless import pack_bits_reference, unpack_bits_aten
-from actcompile.kernels.quantize import dequantize_aten, dequantize_reference, quantize_reference
-from actcompile.passes import loops
+from actcompile.kernels.lossless import pack_bits_reference
+from actcompile.kernels.quantize import dequantize_reference, quantize_reference
+from actcompile.passes import loops_decode, loops_encode  # noqa: F401  register the lowerings
 from tests.strategies import KINDS, assert_same_bits, assert_same_encoding, seed_tensor, values
 
 pytestmark = pytest.mark.slow
 ops = torch.ops.actcompile
-loops.register()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,20 +24,20 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def no_caches():
-    """Outside the product's partitioner no cache knows that a lowering has changed."""
+    """Outside the product's partitioner no cache knows that a lowering has changed; formats are a graph's constants."""
+    torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
         yield
 
 
-def expansion(fmt, bit_words, tail):
+def coding(fmt, bit_words):
     """A function that encodes `x` and `mask`, and decodes what else it is given."""
 
     def run(x, seed, mask, words, low, high, packed):
         fields = fmt.bits, fmt.block, fmt.levels, fmt.metadata, fmt.words
         encoded = ops.quantize(x, seed, 1, *fields)
-        decoded = dequantize_aten(words, low, high, x.shape, x.dtype, fmt, tail=tail)
-        packed_mask = ops.pack_bits(mask, bit_words)
-        return encoded, decoded, packed_mask, unpack_bits_aten(packed, mask.shape, tail=tail)
+        decoded = ops.dequantize(words, low, high, x.shape, x.dtype, *fields[:3])
+        return encoded, decoded, ops.pack_bits(mask, bit_words), ops.unpack_bits(packed, mask.shape)
 
     return run
 
@@ -75,7 +72,10 @@ def data(kind, rows, width, dtype):
 FORMATS = {
     "aligned": (BlockFormat(2, 256), 24, 256, torch.float32, 64, False),
     "bfloat16": (BlockFormat(4, 16, "variance-minimising", torch.bfloat16), 32, 64, torch.bfloat16, 16, False),
+    "explicit levels": (BlockFormat(2, 64, "0,0.4,1.3,3"), 21, 50, torch.float32, 16, True),
     "8 bits": (BlockFormat(8, 100, "variance-minimising"), 19, 50, torch.float16, 7, True),
+    "short blocks": (BlockFormat(2, 64, "variance-minimising"), 24, 64, torch.float32, 16, False),
+    "unused slots": (BlockFormat(2, 62, "uniform", torch.bfloat16), 31, 62, torch.float32, 16, False),
 }
 
 
@@ -83,9 +83,7 @@ FORMATS = {
 def test_static_sizes(name):
     fmt, rows, width, dtype, bit_words, tail = FORMATS[name]
     assert tail == (rows * width % fmt.group != 0)
-    example = arguments(data("normal", rows, width, dtype), fmt, bit_words, seed_tensor(3))
-    # traced first, as in a graph pass: Dynamo would trace the search for the levels, too
-    run = torch.compile(make_fx(expansion(fmt, bit_words, tail), tracing_mode="fake")(*example), fullgraph=True)
+    run = torch.compile(coding(fmt, bit_words), fullgraph=True, dynamic=False)
     failed = {}
     for kind in (*KINDS, "not finite"):
         x = data(kind, rows, width, dtype)
@@ -98,7 +96,7 @@ def test_static_sizes(name):
 
 def test_an_odd_width_and_a_changing_number_of_rows():
     fmt = BlockFormat(2, 47)
-    run = torch.compile(expansion(fmt, 3, tail=True), fullgraph=True)
+    run = torch.compile(coding(fmt, 3), fullgraph=True)
     example = arguments(data("normal", 64, 47, torch.float32), fmt, 3, seed_tensor(4))
     for tensor in example:
         if tensor.shape[0] != len(seed_tensor(4)):
