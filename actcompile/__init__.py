@@ -10,9 +10,27 @@ import torch
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise ImportError(f"actcompile needs torch 2.11 or newer, found {torch.__version__}: pip install 'torch>=2.11'")
 
+from ._calibrate import calibrate
 from .api import backend, compress, explain
-from .config import Config, bits, keep, lossless
+from .config import Config, bits, cast, exact, iexact, keep, lossless, low_rank, prune, sample_rows, smallest
 from .report import Report
 
-__all__ = ["Config", "Report", "backend", "bits", "compress", "explain", "keep", "lossless"]
+__all__ = [
+    "Config",
+    "Report",
+    "backend",
+    "bits",
+    "calibrate",
+    "cast",
+    "compress",
+    "exact",
+    "explain",
+    "iexact",
+    "keep",
+    "lossless",
+    "low_rank",
+    "prune",
+    "sample_rows",
+    "smallest",
+]
 __version__ = "0.1.0"

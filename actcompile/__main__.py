@@ -17,7 +17,7 @@ from torch import nn
 
 import actcompile
 from actcompile import datasets
-from actcompile.config import METADATA, Config, Rule, bits, keep, lossless
+from actcompile.config import METADATA, PRESETS, Config, Rule, bits, keep, lossless
 from actcompile.kernels.format import BITS, LEVELS
 
 MODELS = {"sage": "GraphSAGE", "gcn": "GCN", "gin": "GIN", "gat": "GAT"}  # of torch_geometric.nn
@@ -112,7 +112,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bits", choices=number)
     group.add_argument("--nonlinear-bits", choices=[*number, "auto"])
     group.add_argument("--block", type=int)
-    group.add_argument("--levels", choices=LEVELS)
+    group.add_argument("--preset", choices=list(PRESETS), metavar="NAME", help="such as exact, iexact-8, iexact-64-vm")
+    group.add_argument("--levels", choices=["auto", *LEVELS])
     group.add_argument("--metadata", choices=list(METADATA))
     group.add_argument("--min-bytes", type=int)
     group.add_argument(
@@ -134,7 +135,7 @@ def _config(given: argparse.Namespace) -> Config:
             fields[name] = None if fields[name] == "none" else int(fields[name])
     if "rules" in fields:
         fields["rules"] = tuple(fields["rules"])
-    return Config(**fields)
+    return Config.make(preset=given.preset, **fields)
 
 
 def _demo(given: argparse.Namespace) -> None:

@@ -60,13 +60,14 @@ class Crossing:
 
     Attributes:
         node: the forward node whose value backward gets.
-        encoder, decoder: the inserted ops at both ends; "" where it is kept as it is.
+        encoder, decoders: the inserted ops at both ends; "" and none where it is kept as it is. There are several
+            decoders where backward also rebuilds another activation from it.
         placeholders: backward's inputs that carry it; none where it is not saved any more.
     """
 
     node: str
     encoder: str
-    decoder: str
+    decoders: tuple[str, ...]
     placeholders: tuple[str, ...]
     row: "Row | None"
 
@@ -109,7 +110,7 @@ def crossings(graph: "GraphReport") -> list[Crossing]:
     placeholders = [n.name for n in graph.backward_nodes if n.op == "placeholder"]
     outputs = [name for n in graph.forward_nodes if n.op == "output" for name in n.inputs]
     renamed = [p for p in placeholders if p not in outputs]  # not sizes, which decoders read as well
-    decoders = {p: u for p in renamed for u in users[p] if backward[u].inserted}
+    decoders = {p: made for p in renamed if (made := tuple(u for u in users[p] if backward[u].inserted))}
     encoded = list(zip((o for o in outputs if _encoder(o, forward)), decoders, strict=False))
     by_encoder: dict[str, list[str]] = defaultdict(list)
     for output, placeholder in encoded:
@@ -128,9 +129,9 @@ def crossings(graph: "GraphReport") -> list[Crossing]:
             done.add(node)
         elif output in rows and output not in done:
             placeholder = output if output in backward else next(rest, "")
-            made.append(Crossing(output, "", "", (placeholder,) if placeholder else (), rows[output]))
+            made.append(Crossing(output, "", (), (placeholder,) if placeholder else (), rows[output]))
             done.add(output)
-    dropped = [Crossing(name, "", "", (), row) for name, row in rows.items() if name not in done]
+    dropped = [Crossing(name, "", (), (), row) for name, row in rows.items() if name not in done]
     return made + [c for c in dropped if c.node in forward]
 
 

@@ -108,17 +108,17 @@ def _forward(graph: "GraphReport", crossing: list[Crossing]) -> Side:
 
 
 def _backward(graph: "GraphReport", crossing: list[Crossing]) -> Side:
-    decoders = {c.decoder: c for c in crossing if c.decoder}
-    kept = {p: c for c in crossing if not c.decoder for p in c.placeholders}
+    decoders = {d: c for c in crossing for d in c.decoders}
+    kept = {p: c for c in crossing if not c.decoders for p in c.placeholders}
     saved = set(_outputs(graph.forward_nodes)) | {p for c in crossing for p in c.placeholders}
     given = {n.name for n in graph.backward_nodes if n.op == "placeholder" and n.shape and n.name not in saved}
     boxes, home = condense(graph.backward_nodes, decoders, kept, given)
     side = Side(boxes, home, {home[i] for i in _outputs(graph.backward_nodes) if i in home})
-    seen: set[str] = set()
+    seen: set[int] = set()
     for i, box in enumerate(boxes):
-        first = [s for s in box.sources if s not in seen]
-        seen.update(first)
-        side.slots += [(i, decoders.get(s) or kept.get(s)) for s in first] or [(i, None)]
+        read = {id(c): c for s in box.sources if (c := decoders.get(s) or kept.get(s))}
+        side.slots += [(i, c) for key, c in read.items() if key not in seen] or [(i, None)]
+        seen.update(read)
     side.slots.reverse()
     return side
 
@@ -247,7 +247,7 @@ def _crossings(
         coded = "coded" if c.encoder else ""
         if c.encoder:
             _arrow(lines, inner[0], y, encode, y, "coded")
-            _pill(svg, encode, y, nodes[c.encoder], c)
+            _pill(svg, encode, y, [nodes[c.encoder]], c)
             SubElement(lines, "path", {"class": "coded", "d": f"M{encode + PILL:.1f} {y:.1f}H{chip:.1f}"})
             for name in nodes[c.encoder].inputs[1:]:
                 seeds.setdefault(name, []).append(y)
@@ -256,19 +256,19 @@ def _crossings(
         _chip(svg, chip, y, c)
         if id(c) in ends:
             end = ends[id(c)]
-            target = decode if c.decoder else inner[1]
+            target = decode if c.decoders else inner[1]
             bend = chip + CHIP, decode - 4
             half = (bend[0] + bend[1]) / 2
             d = f"M{bend[0]:.1f} {y:.1f}C{half:.1f} {y:.1f} {half:.1f} {end:.1f} {bend[1]:.1f} {end:.1f}"
             SubElement(lines, "path", {"class": coded, "d": d})
             _arrow(lines, bend[1], end, target, end, coded)
-            if c.decoder:
-                _pill(svg, decode, end, nodes[c.decoder], c)
+            if c.decoders:
+                _pill(svg, decode, end, [nodes[d] for d in c.decoders], c)
                 _arrow(lines, decode + PILL, end, inner[1], end, "coded")
+            sources = c.decoders or c.placeholders[:1]
+            home = next(i for i, other in backward.slots if other is c)
             for b, box in enumerate(backward.boxes):
-                source = c.decoder or next(iter(c.placeholders))
-                home = next(i for i, other in backward.slots if other is c)
-                if source in box.sources and b != home:  # a later reader, further up
+                if b != home and any(s in box.sources for s in sources):  # a later reader, further up
                     low = backward.extent[b][1] - 6
                     x = inner[1] - GUTTER / 2
                     _arrow(lines, x, low, inner[1], low, coded)
@@ -279,10 +279,11 @@ def _crossings(
             SubElement(lines, "path", {"class": "seed", "d": f"M{inner[0]:.1f} {top:.1f}H{x:.1f}V{max(taps):.1f}"})
 
 
-def _pill(svg: Element, x: float, y: float, node: "GraphNode", c: Crossing) -> None:
+def _pill(svg: Element, x: float, y: float, same: "list[GraphNode]", c: Crossing) -> None:
+    """One mark for all nodes that do the same to a crossing at one of its ends."""
     bits = c.row.codec.partition("(")[2].partition(" bit")[0] if c.row and "bit" in c.row.codec else ""
-    label = f"{short(node.op)} {bits} bit" if bits.isdigit() else short(node.op)
-    group = _box(svg, x, y - HEIGHT / 2, PILL, HEIGHT, "inserted", _tooltip([node]), round_=HEIGHT / 2)
+    label = f"{short(same[0].op)} {bits} bit" if bits.isdigit() else short(same[0].op)
+    group = _box(svg, x, y - HEIGHT / 2, PILL, HEIGHT, "inserted", _tooltip(same), round_=HEIGHT / 2)
     _text(group, x + PILL / 2, y + 4, cut(label, int(PILL / CHARACTER)), "inserted middle")
 
 

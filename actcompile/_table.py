@@ -1,6 +1,7 @@
 """A report as a table of text: one line per saved activation, what became of it, and why."""
 
 import io
+import re
 import shutil
 import sys
 from collections import defaultdict
@@ -133,7 +134,7 @@ def _table(rows: list["Row"], roomy: bool) -> Table:
             Text(f"{clean('x'.join(row.shape)) or 'scalar'} {clean(row.dtype)}"),
             Text(human(row.bytes_before)),
             Text(human(row.bytes_after), style=_colour(row)),
-            Text(clean(row.codec) if roomy else clean(row.codec).replace(", minimal variance", "")),
+            Text(clean(row.codec) if roomy else re.sub(r", [\w-]+ levels\)$", ")", clean(row.codec))),
             Text(biased(row)),
             Text(clean(row.reason.removeprefix(f"biased through {row.through}, "))),
         )

@@ -22,7 +22,14 @@ _compressed: "weakref.WeakKeyDictionary[nn.Module, list[GraphReport]]" = weakref
 _compiled = WeakTensorKeyDictionary()  # parameter or buffer -> the reports of the graphs that take it
 
 
-def compress(model: Module, config: Config | None = None, *, dynamic: bool | None = None, **options: Any) -> Module:
+def compress(
+    model: Module,
+    config: Config | None = None,
+    *,
+    preset: str | None = None,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> Module:
     """Has `model` trained through `torch.compile` with its saved activations compressed.
 
     The same module object comes back: its parameters, `state_dict`, hooks and class are untouched, and only calling it
@@ -31,6 +38,7 @@ def compress(model: Module, config: Config | None = None, *, dynamic: bool | Non
     Args:
         model: any module that `torch.compile` can trace.
         config: a `Config`; `options` change single fields of it.
+        preset: instead, a config by name: "exact", "iexact-8", "iexact-64-vm" and others; see `Config.make`.
         dynamic: as in `torch.compile`: True for sizes that change from the first call on, None to find out.
         options: fields of `Config`, such as `bits=4` or `rules={"head": actcompile.bits(8)}`.
 
@@ -43,7 +51,7 @@ def compress(model: Module, config: Config | None = None, *, dynamic: bool | Non
             f"model must be a torch.nn.Module, got {type(model).__name__}; for a function use "
             'torch.compile(function, backend="actcompile")'
         )
-    made = Config.make(config, **options)
+    made = Config.make(config, preset, **options)
     if isinstance(model, _torch.OptimizedModule):
         raise TypeError("model is compiled already; pass the module itself to compress, before torch.compile")
     _check_rules(model, made)

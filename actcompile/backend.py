@@ -14,12 +14,12 @@ from torch import fx
 
 import actcompile.kernels
 import actcompile.passes
-from actcompile.passes import _torch
+from actcompile.passes import _torch, loops_decode, loops_encode  # noqa: F401  register the ops' lowerings
 from actcompile.passes.bias import bias
-from actcompile.passes.find import find
-from actcompile.passes.lower import lower
+from actcompile.passes.find import SavedActivation, find, module_path
 from actcompile.passes.masks import masks
-from actcompile.passes.plan import plan
+from actcompile.passes.plan import Plan, plan
+from actcompile.passes.rebuild import Rebuilt, rebuild
 from actcompile.passes.rewrite import rewrite
 from actcompile.passes.split import Split
 from actcompile.passes.verify import verify
@@ -37,7 +37,6 @@ def partition(
     *,
     config: Config,
     num_fwd_outputs: int,
-    lowered: bool = False,
     **options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Partitions a joint graph as torch does, then rewrites both graphs so that saved activations are kept encoded.
@@ -45,33 +44,51 @@ def partition(
     Args:
         joint, inputs, num_fwd_outputs, options: as torch's `min_cut_rematerialization_partition` takes them.
         config: how activations are kept.
-        lowered: whether our ops on CPU tensors are expanded for Inductor.
     """
+    split = cut(joint, inputs, num_fwd_outputs, **options)
+    outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
+    saved_by_torch = find(split)
+    chosen, rebuilt = decide(split, config)
+    rewrite(split, chosen)
+    split.finish()
+    verify(split, chosen, outputs, gradients)
+
+    report = record(split, chosen, saved_by_torch, rebuilt, config.inner)
+    _report_cache.attach(joint, asdict(report))
+    _announce(report)
+    return split.forward, split.backward
+
+
+def cut(joint: fx.GraphModule, inputs: Sequence[object], num_fwd_outputs: int, **options: Any) -> Split:
+    """Partitions a joint graph as torch does."""
     names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
     parameters = [names[i] for i in options.get("static_lifetime_input_indices") or ()]
     forward, backward = _torch.min_cut_rematerialization_partition(
         joint, inputs, num_fwd_outputs=num_fwd_outputs, **options
     )
-    split = Split(forward, backward, num_fwd_outputs, parameters)
-    outputs, gradients = list(split.user_outputs), _number_of_outputs(backward)
-    saved_by_torch = find(split)
+    return Split(forward, backward, num_fwd_outputs, parameters)
 
+
+def decide(split: Split, config: Config) -> tuple[Plan, list[Rebuilt]]:
+    """Chooses how each saved activation is kept; nothing of the gradients is lost yet.
+
+    Changes what is saved: masks that act together become one, and what backward can compute from other saved values is
+    rebuilt there; the latter is returned, too.
+    """
     policy = config.policy()
-    masks(split, kept=[a.placeholder for a in saved_by_torch if not policy.for_module(a.module).lossless])
+    masks(split, kept=[a.placeholder for a in find(split) if not policy.for_module(a.module).lossless])
     activations = find(split)
-    floats = [a.placeholder for a in activations if a.refusal is None and a.value.is_floating_point()]
-    dependences = bias(backward.graph, floats)
-    chosen = plan(activations, dependences, policy)
-    rewrite(split, chosen)
-    split.finish()
-    verify(split, chosen, outputs, gradients)
+    rebuilt: list[Rebuilt] = []
+    if config.rebuild:
+        wanted = [a for a in activations if a.refusal is None and policy.for_module(a.module).wants(a)]
+        kind = lambda node: policy.for_module(module_path(node))  # noqa: E731
+        rebuilt = rebuild(split, wanted, bias(split.backward.graph, _floats(activations)), kind)
+        activations = find(split)
+    return plan(activations, bias(split.backward.graph, _floats(activations)), policy), rebuilt
 
-    report = record(split, chosen, saved_by_torch, config.inner)
-    _report_cache.attach(joint, asdict(report))
-    _announce(report)
-    if lowered:
-        lower(split)
-    return split.forward, split.backward
+
+def _floats(activations: Sequence[SavedActivation]) -> list[fx.Node]:
+    return [a.placeholder for a in activations if a.refusal is None and a.value.is_floating_point()]
 
 
 def _number_of_outputs(graph_module: fx.GraphModule) -> int:
@@ -110,11 +127,11 @@ def source_hash() -> str:
 class Partitioner(_torch.CustomPartitionerFn):
     """`partition` as Inductor takes it; pickled into the compile caches' key, so it holds the config and no more."""
 
-    def __init__(self, config: Config, lowered: bool = True) -> None:
-        self.config, self.lowered = config, lowered
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Partitioner, (self.config, self.lowered)
+        return Partitioner, (self.config,)
 
     def uuid(self) -> tuple[str, ...]:
         return "actcompile", source_hash(), repr(self.config)
@@ -122,7 +139,7 @@ class Partitioner(_torch.CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return partition(gm, joint_inputs, config=self.config, lowered=self.lowered, **kwargs)
+        return partition(gm, joint_inputs, config=self.config, **kwargs)
 
 
 def compile_graph(
@@ -181,7 +198,7 @@ def analyse(gm: fx.GraphModule, inputs: list[Any], config: Config) -> list[Graph
     def split(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         if config.inner == "aot_eager":
             return partition(joint, joint_inputs, config=config, **kwargs)
-        return _torch.inductor_partition(joint, joint_inputs, Partitioner(config, lowered=False), **kwargs)
+        return _torch.inductor_partition(joint, joint_inputs, Partitioner(config), **kwargs)
 
     compiler = _torch.aot_autograd(
         fw_compiler=_torch.boxed_nop,

@@ -1,6 +1,7 @@
 """What a user can set: `Config`, and the rules for single modules."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -13,22 +14,25 @@ Inner = Literal["inductor", "aot_eager"]
 METADATA = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+CASTS = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+
+
 @dataclass(frozen=True)
 class Rule:
-    """How to keep what one module saves; made by `keep`, `lossless` or `bits`."""
+    """How to keep what a module saves; made by `keep`, `lossless`, `bits`, or a method such as `sample_rows`."""
 
     name: str
-    bits: int | None
+    value: Any = None
 
 
 def keep() -> Rule:
     """Keeps everything that a module saves as it is."""
-    return Rule("keep", None)
+    return Rule("keep")
 
 
 def lossless() -> Rule:
     """Uses lossless codecs only: masks in bits, narrow integers, constants made anew; floats stay exact."""
-    return Rule("lossless", None)
+    return Rule("lossless")
 
 
 def bits(number: int) -> Rule:
@@ -36,6 +40,37 @@ def bits(number: int) -> Rule:
     if number not in BITS:
         raise ValueError(f"bits(number): number must be one of {BITS}, got {number!r}")
     return Rule("bits", number)
+
+
+def prune(ratio: int) -> Rule:
+    """Keeps of every row the one in `ratio` elements of largest magnitude. Biased; for floats used linearly only."""
+    return _method("prune", ratio)
+
+
+def low_rank(ratio: int) -> Rule:
+    """Keeps the best approximation of rank `width // ratio`. Biased; for floats used linearly only."""
+    return _method("low_rank", ratio)
+
+
+def sample_rows(ratio: int) -> Rule:
+    """Keeps one in `ratio` rows, weighted (WTA-CRS, NeurIPS 2023). Unbiased; for floats used linearly only."""
+    return _method("sample_rows", ratio)
+
+
+def cast(dtype: str) -> Rule:
+    """Rounds every float to nearest in "bfloat16", "float8_e4m3fn" or "float8_e5m2". Biased."""
+    if dtype not in CASTS:
+        raise ValueError(f"cast(dtype): dtype must be one of {', '.join(map(repr, CASTS))}, got {dtype!r}")
+    return Rule("cast", dtype)
+
+
+def _method(name: str, ratio: int) -> Rule:
+    if not isinstance(ratio, int) or isinstance(ratio, bool) or ratio < 2:
+        raise ValueError(f"{name}(ratio): ratio must be an integer of at least 2, got {ratio!r}")
+    return Rule(name, ratio)
+
+
+METHODS = ("prune", "low_rank", "sample_rows", "cast")
 
 
 @dataclass(frozen=True)
@@ -47,7 +82,15 @@ class Config:
         nonlinear_bits: the same for floats whose rounding biases some gradient; "auto" gives 4 bits where the bias is
             averaged over many elements (BatchNorm's input), else 8.
         block: elements that share a minimum and a maximum; fitted to each tensor's width.
-        levels: "variance-minimising" or "uniform".
+        rows_per_block: instead of `block`: rows that share them (i-EXACT's G/R), as many as fit 1024 elements.
+        projection: floats used linearly are first projected at random to one in `projection` columns (EXACT's D/R).
+        method: another codec for floats used linearly: `prune(8)`, `low_rank(8)`, `sample_rows(8)`; or for all floats:
+            `cast("float8_e4m3fn")`. `bits` still holds for what a method does not fit.
+        rebuild: what backward can compute from other saved values, such as the result of BatchNorm, ReLU and dropout
+            from the norm's input, is not saved.
+        fitted: levels fitted to single activations, as `calibrate` returns them.
+        levels: "uniform", "variance-minimising" for normal values, "half-normal" for those that ReLU has passed, or
+            "auto", which takes the latter for what is never negative.
         metadata: dtype of a block's minimum and maximum, "float32" or "bfloat16".
         min_bytes: smaller tensors are kept.
         rules: from a pattern of module paths, such as "convs.0.*", to `keep()`, `lossless()` or `bits(8)`. A pattern
@@ -62,22 +105,37 @@ class Config:
     bits: int | None = 2
     nonlinear_bits: int | Literal["auto"] | None = "auto"
     block: int = 256
-    levels: Levels = "variance-minimising"
+    levels: Levels | Literal["auto"] = "auto"
     metadata: Literal["float32", "bfloat16"] = "float32"
     min_bytes: int = 16384
     rules: Mapping[str, Rule] | tuple[tuple[str, Rule], ...] = field(default=())
     inner: Inner = "inductor"
+    rows_per_block: int | None = None
+    projection: int | None = None
+    method: Rule | None = None
+    rebuild: bool = True
+    fitted: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("bits", self.bits, (*BITS, None))
         _one_of("nonlinear_bits", self.nonlinear_bits, (*BITS, "auto", None))
-        _one_of("levels", self.levels, LEVELS)
+        _one_of("levels", self.levels, ("auto", *LEVELS))
         _one_of("metadata", self.metadata, tuple(METADATA))
         _one_of("inner", self.inner, ("inductor", "aot_eager"))
+        if not isinstance(self.rebuild, bool):
+            raise TypeError(f"rebuild must be True or False, got {self.rebuild!r}")
         for name, least in (("block", 8), ("min_bytes", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name, least in (("rows_per_block", 1), ("projection", 2)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name} must be None or an integer of at least {least}, got {value!r}")
+        if self.method is not None and (not isinstance(self.method, Rule) or self.method.name not in METHODS):
+            raise TypeError(
+                f"method must be None, prune(n), low_rank(n), sample_rows(n) or cast(dtype), got {self.method!r}"
+            )
         pairs = tuple(self.rules.items()) if isinstance(self.rules, Mapping) else self.rules
         if not isinstance(pairs, (tuple, type({}.items()))) or not all(
             isinstance(p, tuple) and len(p) == 2 for p in pairs
@@ -85,28 +143,97 @@ class Config:
             raise TypeError(f'rules must map module patterns to rules, like {{"head": bits(8)}}, got {self.rules!r}')
         for pattern, rule in pairs:
             if not isinstance(pattern, str) or not isinstance(rule, Rule):
-                raise TypeError(f"rules[{pattern!r}] must be keep(), lossless() or bits(n), got {rule!r}")
+                raise TypeError(f"rules[{pattern!r}] must be keep(), lossless(), bits(n) or a method, got {rule!r}")
         object.__setattr__(self, "rules", pairs)  # hashable, and with a stable order
 
     @classmethod
-    def make(cls, config: "Config | None" = None, **options: Any) -> "Config":
-        """A config from another one and single fields; an unknown field is an error that lists the known ones."""
+    def make(cls, config: "Config | None" = None, preset: str | None = None, **options: Any) -> "Config":
+        """A config from another one, or from a preset by name, and single fields.
+
+        Raises:
+            TypeError: an unknown field, or both a config and a preset.
+            ValueError: an unknown preset, or a wrong value; the message lists what is known.
+        """
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
-                raise TypeError(f"unknown option {name!r}; known are {', '.join(known)}")
+                raise TypeError(f"unknown option {name!r}; known are {', '.join([*known, 'preset'])}")
+        if preset is not None:
+            if config is not None:
+                raise TypeError("pass config or preset, not both; config=Config.make(preset=...) changes a preset")
+            if preset not in PRESETS:
+                raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+            config = PRESETS[preset]()
         return replace(config or cls(), **options)
 
     def policy(self) -> Policy:
         """The planner's view of this config."""
-        base = Policy(self.bits, self.nonlinear_bits, self.block, self.levels, METADATA[self.metadata], self.min_bytes)
-        made = {
-            "keep": lambda rule: replace(base, lossless=False),
-            "lossless": lambda rule: replace(base, bits=None, nonlinear_bits=None),
-            "bits": lambda rule: replace(base, bits=rule.bits, nonlinear_bits=rule.bits),
-        }
-        rules = dict(self.rules)
-        return replace(base, rules=tuple((pattern, made[rule.name](rule)) for pattern, rule in rules.items()))
+        base = Policy(
+            bits=self.bits,
+            nonlinear_bits=self.nonlinear_bits,
+            block=self.block,
+            levels=self.levels,
+            metadata=METADATA[self.metadata],
+            min_bytes=self.min_bytes,
+            rows_per_block=self.rows_per_block,
+            projection=self.projection,
+            fitted=self.fitted,
+        )
+        if self.method is not None:
+            base = _with_rule(base, self.method)
+        rules = tuple((pattern, _with_rule(base, rule)) for pattern, rule in dict(self.rules).items())
+        return replace(base, rules=rules)
+
+
+def _with_rule(policy: Policy, rule: Rule) -> Policy:
+    match rule.name:
+        case "keep":
+            return replace(policy, lossless=False)
+        case "lossless":
+            return replace(policy, bits=None, nonlinear_bits=None, method=None)
+        case "bits":
+            return replace(policy, bits=rule.value, nonlinear_bits=rule.value, method=None)
+        case "cast":
+            return replace(policy, method=(rule.name, CASTS[rule.value]))
+    return replace(policy, method=(rule.name, rule.value))
+
+
+def exact() -> Config:
+    """EXACT (Liu et al., ICLR 2022): a random projection to one in eight columns, one block to a row, 2 bits.
+
+    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16; nothing is rebuilt.
+    """
+    return Config(
+        bits=2, nonlinear_bits=2, levels="uniform", metadata="bfloat16", rows_per_block=1, projection=8, rebuild=False
+    )
+
+
+def iexact(group: int = 8, levels: Levels = "uniform") -> Config:
+    """i-EXACT (Eliassen & Selvan, arXiv 2309.11856): EXACT with `group` projected rows to a block (its G/R).
+
+    Args:
+        group: rows to a block, of at most 1024 elements; the paper has 2 to 64.
+        levels: "variance-minimising" for the paper's second method.
+    """
+    return replace(exact(), rows_per_block=group, levels=levels)
+
+
+def smallest() -> Config:
+    """Half of i-EXACT's smallest bytes for its network: what can be rebuilt is, BatchNorm's input has 1 bit.
+
+    All else is projected to one in sixteen columns. Gradients are noisier than with any of the papers' settings.
+    """
+    return Config(bits=2, nonlinear_bits=1, metadata="bfloat16", rows_per_block=64, projection=16)
+
+
+GROUPS = (2, 4, 8, 16, 32, 64)
+PRESETS: dict[str, Callable[[], Config]] = {
+    "default": Config,
+    "smallest": smallest,
+    "exact": exact,
+    **{f"iexact-{g}": functools.partial(iexact, g) for g in GROUPS},
+    **{f"iexact-{g}-vm": functools.partial(iexact, g, "variance-minimising") for g in GROUPS},
+}
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

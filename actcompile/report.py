@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import fx
 
-from actcompile.passes.codecs import Keep
+from actcompile.passes.codecs import EXACT, UNBIASED, Keep, Recompute
 from actcompile.passes.find import SavedActivation
 from actcompile.passes.plan import Choice, Plan
+from actcompile.passes.rebuild import Rebuilt
 from actcompile.passes.split import Split
 
 
@@ -154,15 +155,19 @@ def _write(text: str, path: str | Path | None) -> str:
     return text
 
 
-def record(split: Split, plan: Plan, saved_before: Iterable[SavedActivation], inner: str) -> GraphReport:
-    """Takes down what the passes did, from the rewritten (not yet lowered) graphs.
+def record(
+    split: Split, plan: Plan, saved_before: Iterable[SavedActivation], rebuilt: Iterable[Rebuilt], inner: str
+) -> GraphReport:
+    """Takes down what the passes did, from the rewritten graphs.
 
     Args:
         saved_before: what torch's own partition saved, before any pass of ours.
+        rebuilt: what backward computes from other saved activations.
     """
+    bases = {r.activation.node.name: ", ".join(r.bases) for r in rebuilt}
     before = {a.node.name: a for a in saved_before}
     rows = [_row(c, before.pop(c.activation.node.name, None)) for c in plan.choices]
-    rows += [_dropped(a) for a in before.values()]
+    rows += [_dropped(a, bases.get(a.node.name)) for a in before.values()]
     return GraphReport(
         rows=tuple(sorted(rows, key=lambda r: -r.bytes_before)),
         forward=split.forward.print_readable(print_output=False, include_stride=False),
@@ -175,28 +180,26 @@ def record(split: Split, plan: Plan, saved_before: Iterable[SavedActivation], in
 
 def _row(choice: Choice, before: SavedActivation | None) -> Row:
     a = choice.activation
-    rounded = choice.dependence if str(choice.codec).startswith("quantize") else None
+    rounded = choice.dependence if not isinstance(choice.codec, EXACT) else None
     return Row(
         **_facts(a),
         bytes_before=before.nbytes if before else 0,
         bytes_after=choice.nbytes,
         codec=str(choice.codec),
-        biased=rounded.biased if rounded else None,
-        through=rounded.op if rounded else "",
+        biased=rounded.biased or not isinstance(choice.codec, UNBIASED) if rounded else None,
+        through=(rounded.op or ("" if isinstance(choice.codec, UNBIASED) else "the codec")) if rounded else "",
         reason=choice.reason if before else f"{choice.reason}; taken in forward, so that no rounded value decides it",
     )
 
 
-def _dropped(a: SavedActivation) -> Row:
-    return Row(
-        **_facts(a),
-        bytes_before=a.nbytes,
-        bytes_after=0,
-        codec="drop" if a.refusal is None else str(Keep()),
-        biased=None,
-        through="",
-        reason="backward asked only for a mask, which is saved instead" if a.refusal is None else a.refusal,
-    )
+def _dropped(a: SavedActivation, bases: str | None) -> Row:
+    if a.refusal is not None:
+        codec, reason = str(Keep()), a.refusal
+    elif bases is not None:
+        codec, reason = str(Recompute()), f"backward computes it from {bases or 'inputs and masks'}, kept anyway"
+    else:
+        codec, reason = "drop", "backward asked only for a mask, which is saved instead"
+    return Row(**_facts(a), bytes_before=a.nbytes, bytes_after=0, codec=codec, biased=None, through="", reason=reason)
 
 
 def _facts(a: SavedActivation) -> dict[str, Any]:

@@ -27,6 +27,9 @@ from torch._dynamo.utils import graph_break_reasons
 # Descriptor of a forward output that is saved for backward; `output.meta["desc"]` must list one per output (2.11+).
 from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
 
+# Marks a function that runs a graph as one that AOTAutograd may hand a list of arguments, to be emptied.
+from torch._functorch.aot_autograd import make_boxed_func
+
 # torch's own min-cut; it keeps effects, mutations and collectives right, we rewrite what it returns.
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
@@ -107,6 +110,7 @@ __all__ = [
     "known_true",
     "loop_ops",
     "lowerings",
+    "make_boxed_func",
     "min_cut_rematerialization_partition",
     "pgo",
     "pytree",

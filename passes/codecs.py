@@ -1,10 +1,18 @@
-"""The ways to keep a saved activation. A codec knows its bytes; `rewrite` knows which ops it means."""
+"""The ways to keep a saved activation. A codec knows its bytes; `encode` knows which ops it means."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from actcompile.kernels import BlockFormat, bit_words
+from actcompile.kernels.fp8 import fp8_nbytes
+from actcompile.kernels.low_rank import low_rank_nbytes
+from actcompile.kernels.prune import prune_nbytes
+from actcompile.kernels.sample_rows import sample_rows_nbytes
+
+Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -14,8 +22,8 @@ class Keep:
     def __str__(self) -> str:
         return "keep"
 
-    def nbytes(self, numel: int, itemsize: int) -> int:
-        return numel * itemsize
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        return math.prod(shape) * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Recompute:
     def __str__(self) -> str:
         return "recompute"
 
-    def nbytes(self, numel: int, itemsize: int) -> int:
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
         return 0
 
 
@@ -38,8 +46,8 @@ class PackBits:
     def __str__(self) -> str:
         return "pack_bits"
 
-    def nbytes(self, numel: int, itemsize: int) -> int:
-        groups, words = bit_words(numel, self.words)
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        groups, words = bit_words(math.prod(shape), self.words)
         return 4 * groups * words
 
 
@@ -53,24 +61,89 @@ class Narrow:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"narrow({str(self.dtype).removeprefix('torch.')})"
+        return f"narrow({_name(self.dtype)})"
 
-    def nbytes(self, numel: int, itemsize: int) -> int:
-        return numel * self.dtype.itemsize
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        return math.prod(shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """A float tensor in `format.bits` bits per element and a minimum and maximum per block."""
+    """A float tensor in `format.bits` bits per element and a minimum and maximum per block.
+
+    `columns`: the last dimension is first projected at random to so many columns (EXACT, sec. 3.2); 0: it is not.
+    """
 
     format: BlockFormat
+    columns: int = 0
 
     def __str__(self) -> str:
-        levels = ", minimal variance" if self.format.levels != "uniform" and self.format.bits > 1 else ""
-        return f"quantize({self.format.bits} bits, block {self.format.block}{levels})"
+        kinds = {"uniform": "", "variance-minimising": ", normal levels", "half-normal": ", half-normal levels"}
+        levels = kinds.get(self.format.levels, ", fitted levels") if self.format.bits > 1 else ""
+        projection = f"projected to {self.columns}, " if self.columns else ""
+        return f"quantize({projection}{self.format.bits} bits, block {self.format.block}{levels})"
 
-    def nbytes(self, numel: int, itemsize: int) -> int:
-        return self.format.nbytes(numel)
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        numel = math.prod(shape)
+        return self.format.nbytes(numel // shape[-1] * self.columns if self.columns and numel else numel)
 
 
-Codec = Keep | Recompute | PackBits | Narrow | Quantize
+@dataclass(frozen=True)
+class Prune:
+    """The `kept` largest magnitudes of each row, and where they stand."""
+
+    kept: int
+
+    def __str__(self) -> str:
+        return f"prune({self.kept} per row)"
+
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        return prune_nbytes(math.prod(shape[:-1]), shape[-1], self.kept, dtype)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The best approximation of rank `rank` of the matrix of all rows."""
+
+    rank: int
+
+    def __str__(self) -> str:
+        return f"low_rank({self.rank})"
+
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        return low_rank_nbytes(math.prod(shape[:-1]), shape[-1], self.rank, dtype)
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """One of `ratio` rows: the largest surely, others by chance and weighted, so that the mean is kept (WTA-CRS)."""
+
+    ratio: int
+
+    def __str__(self) -> str:
+        return f"sample_rows(1 in {self.ratio})"
+
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        return sample_rows_nbytes(math.prod(shape[:-1]), shape[-1], self.ratio, dtype)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Rounded to nearest in a shorter float dtype; fp8 dtypes with one power of two for the whole tensor."""
+
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"cast({_name(self.dtype)})"
+
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        return fp8_nbytes(math.prod(shape)) if self.dtype.itemsize == 1 else math.prod(shape) * self.dtype.itemsize
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+Codec = Keep | Recompute | PackBits | Narrow | Quantize | Prune | LowRank | SampleRows | Cast
+EXACT = (Keep, Recompute, PackBits, Narrow)  # decoding gives back the same bits
+UNBIASED = (*EXACT, Quantize, SampleRows)  # it gives the same mean, over the random bits of encoding

@@ -1,5 +1,6 @@
 """`find`: every saved activation, where it comes from, what it weighs, and who uses it in backward."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,16 +57,24 @@ class SavedActivation:
         return self.node.meta["val"]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes in the order of its memory, those of the trace where they are symbolic."""
+        order = dense_order(self.value) or range(self.value.dim())
+        return tuple(_torch.size_hint(self.value.shape[d]) for d in order)
+
+    @property
     def numel(self) -> int:
         """Number of elements, at the sizes of the trace."""
         return numel_hint(self.value)
 
+    @property
+    def key(self) -> str:
+        """What names it in a config: the module's path and the node's name, such as `convs.0/add`."""
+        return f"{self.module}/{self.node.name}"
+
 
 def numel_hint(value: torch.Tensor) -> int:
-    numel = 1
-    for size in value.shape:
-        numel *= _torch.size_hint(size)
-    return numel
+    return math.prod(_torch.size_hint(size) for size in value.shape)
 
 
 def find(split: Split) -> list[SavedActivation]:

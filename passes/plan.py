@@ -8,20 +8,22 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.format import LANES, Levels
+from actcompile.kernels.format import EXPLICIT_BITS, LANES, Levels
 
 from . import _torch
 from .bias import Dependence
-from .codecs import Codec, Keep, Narrow, PackBits, Quantize, Recompute
-from .find import SavedActivation, numel_hint
+from .codecs import Cast, Codec, Keep, LowRank, Narrow, PackBits, Prune, Quantize, Recompute, SampleRows
+from .find import SavedActivation, dense_order, numel_hint
+from .signs import never_negative
 
 AVERAGED = 64  # a factor with so many times fewer elements than the activation is an average over its rounding noise
+MOST_OF_SEVERAL_ROWS = 1024  # elements; i-EXACT's published bytes fit no larger blocks
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,13 @@ class Policy:
         bits: bits for floats whose rounding biases no gradient; None keeps them exact.
         nonlinear_bits: bits for floats whose rounding biases a gradient; None keeps them exact. "auto" gives 4 where
             the bias is averaged over many elements (BatchNorm's input), else 8.
-        block, levels, metadata: fields of `BlockFormat`; `block` is fitted to the tensor's width.
+        block, levels, metadata: fields of `BlockFormat`; `block` is fitted to the tensor's width, and "auto" levels
+            are those of half a normal for what is never negative, of a clipped normal for all else.
+        rows_per_block: a block is so many rows instead, of at most `MOST_OF_SEVERAL_ROWS` elements (i-EXACT's G/R).
+        projection: floats whose rounding biases no gradient are projected at random to `width // projection` columns
+            before they are rounded (EXACT's D/R); None: they are not.
+        method: another codec for those floats than `Quantize`, as its name and its parameter.
+        fitted: levels for single activations, by `SavedActivation.key`.
         min_bytes: tensors smaller than this are kept.
         lossless: False keeps everything as it is.
         rules: (pattern of module paths, policy for what those modules save), first match wins.
@@ -41,11 +49,19 @@ class Policy:
     bits: int | None = 2
     nonlinear_bits: int | Literal["auto"] | None = "auto"
     block: int = 256
-    levels: Levels = "variance-minimising"
+    levels: Levels | Literal["auto"] = "auto"
     metadata: torch.dtype = torch.float32
     min_bytes: int = 16384
     lossless: bool = True
+    rows_per_block: int | None = None
+    projection: int | None = None
+    method: tuple[str, Any] | None = None
+    fitted: tuple[tuple[str, str], ...] = ()
     rules: tuple[tuple[str, "Policy"], ...] = ()
+
+    def wants(self, activation: SavedActivation) -> bool:
+        """Whether a float is to be compressed, if only without loss."""
+        return self.lossless and activation.value.is_floating_point() and activation.nbytes >= self.min_bytes
 
     def for_module(self, path: str) -> "Policy":
         for pattern, policy in self.rules:
@@ -101,7 +117,7 @@ def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, D
         if isinstance(codec, Keep):
             nbytes = activation.nbytes
         else:
-            nbytes = codec.nbytes(activation.numel, activation.value.dtype.itemsize)
+            nbytes = codec.nbytes(activation.shape, activation.value.dtype)
         if nbytes >= activation.nbytes and not isinstance(codec, Keep):
             codec, nbytes, reason = Keep(), activation.nbytes, f"{codec} would take {nbytes} bytes: not less"
         choices.append(Choice(activation, codec, nbytes, dependence, reason))
@@ -120,13 +136,13 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
     if is_constant(a.node):
         return Recompute(), "a constant: made anew in backward"
     if value.dtype is torch.bool:
-        return PackBits(plane_width(value, 32, 32 * LANES)), "a mask: exact in one bit"
+        return PackBits(plane_width(_row_width(a), 32, 32 * LANES)), "a mask: exact in one bit"
     if not value.is_floating_point():
         return _integer(a)
+    if policy.method is not None and policy.method[0] == "cast":
+        return Cast(policy.method[1]), "rounded to nearest by the configuration: biased in itself"
     if dependence is None or not dependence.biased:
-        if policy.bits is None:
-            return Keep(), "floats are kept exact by the configuration"
-        return Quantize(fit_format(value, policy.bits, policy)), "used linearly: every gradient stays unbiased"
+        return _linear(a, policy)
     if policy.nonlinear_bits is None:
         return Keep(), f"biased through {dependence.op}: kept exact by the configuration"
     if value.dim() < 2 or _torch.known_true(value.shape[-1] == 1):
@@ -135,7 +151,34 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
     if bits == "auto":
         averaged = _averages(dependence, a)
         bits, how = (4, "a mean over many elements") if averaged else (8, "element by element")
-    return Quantize(fit_format(value, bits, policy)), f"biased through {dependence.op}, {how}"
+    return Quantize(fit_format(a, bits, policy)), f"biased through {dependence.op}, {how}"
+
+
+def _linear(a: SavedActivation, policy: Policy) -> tuple[Codec, str]:
+    """For a float that no gradient is non-linear in: all methods serve, and a projection."""
+    width = _row_width(a)
+    wide = width if isinstance(width, int) else 0
+    if policy.method is not None:
+        name, ratio = policy.method
+        if name == "sample_rows" and a.value.dim() > 1:
+            return SampleRows(ratio), "used linearly: rows are sampled, and every gradient stays unbiased"
+        if name in ("prune", "low_rank") and wide >= ratio:
+            codec = Prune(wide // ratio) if name == "prune" else LowRank(wide // ratio)
+            return codec, "used linearly; the codec itself is biased"
+    if policy.bits is None:
+        return Keep(), "floats are kept exact by the configuration"
+    if policy.projection is not None and wide >= 2 * policy.projection:
+        columns = wide // policy.projection
+        return Quantize(fit_format(a, policy.bits, policy, columns), columns), (
+            "used linearly: every gradient stays unbiased, also through a random projection"
+        )
+    return Quantize(fit_format(a, policy.bits, policy)), "used linearly: every gradient stays unbiased"
+
+
+def _row_width(a: SavedActivation) -> Any:
+    """Elements of a row, the dimension that is contiguous in memory; 1 where there are no rows."""
+    order = dense_order(a.value)
+    return a.value.shape[order[-1] if order else -1] if a.value.dim() > 1 else 1
 
 
 def _integer(a: SavedActivation) -> tuple[Codec, str]:
@@ -166,7 +209,7 @@ def _averages(dependence: Dependence, a: SavedActivation) -> bool:
     return len(sizes) > 1 and min(sizes) * AVERAGED <= a.numel
 
 
-def plane_width(value: torch.Tensor, planes: int, group: int) -> int:
+def plane_width(width: Any, planes: int, group: int) -> int:
     """Words per group for which a plane never straddles a row: the loop over it then has a unit stride in the row.
 
     Of the divisors of the row's width and its multiples, the one nearest to `group / planes` that fills a vector
@@ -174,20 +217,41 @@ def plane_width(value: torch.Tensor, planes: int, group: int) -> int:
     more coarsely.
     """
     wanted = max(group // planes, LANES)
-    width = value.shape[-1] if value.dim() > 0 else 1
-    if not isinstance(width, int) or value.dim() < 2 or width % wanted == 0 or wanted % max(width, 1) == 0:
+    if not isinstance(width, int) or width % wanted == 0 or wanted % max(width, 1) == 0:
         return wanted
     divisors = [d for d in range(LANES, width + 1) if width % d == 0]
     multiples = [width * m for m in range(1, math.ceil(2 * LANES / width) + 1) if width * m >= LANES]
     near = [d for d in divisors + multiples if d <= 4 * wanted]
-    return min(near, default=wanted, key=lambda d: (abs(math.log2(d / wanted)) + (d % LANES != 0) * 0.25, d))
+    lanes = {d: -(-d // LANES) * LANES for d in near}  # those of the vectors that a run of `d` words takes
+    return min(near, default=wanted, key=lambda d: (abs(math.log2(d / wanted)) + 1.5 * math.log2(lanes[d] / d), d))
 
 
-def fit_format(value: torch.Tensor, bits: int, policy: Policy) -> BlockFormat:
-    """The block format nearest to the policy's whose planes fit the rows of `value`."""
+def fit_format(a: SavedActivation, bits: int, policy: Policy, columns: int = 0) -> BlockFormat:
+    """The block format of an activation, with `columns` columns after a projection, nearest to the policy's."""
+    levels = dict(policy.fitted).get(a.key) if bits in EXPLICIT_BITS else None
+    if levels is None:
+        levels = _levels(a, bits, columns > 0) if policy.levels == "auto" else policy.levels
+    width = columns or _row_width(a)
+    if policy.rows_per_block is not None and isinstance(width, int) and width > 1:
+        rows = max(1, min(policy.rows_per_block, MOST_OF_SEVERAL_ROWS // width))
+        return BlockFormat(bits, rows * width, levels, policy.metadata)
+    return block_format(width, bits, policy.block, levels, policy.metadata)
+
+
+def _levels(a: SavedActivation, bits: int, projected: bool) -> Levels:
+    """Half a normal's levels for what is never negative; with more bits they gain too little for their many clamps."""
+    if projected or not never_negative(a.node):  # a projection has random signs
+        return "variance-minimising"
+    return "half-normal" if bits == 2 else "uniform"
+
+
+def block_format(
+    width: Any, bits: int, block: int, levels: str = "uniform", metadata: torch.dtype = torch.float32
+) -> BlockFormat:
+    """The block format nearest to `block` whose planes fit rows of `width` elements (1: not made of rows)."""
     planes = 32 // bits
-    if policy.block < planes * LANES:  # several blocks to a group
-        return BlockFormat(bits, policy.block, policy.levels, policy.metadata)
-    words = plane_width(value, planes, policy.block)
-    per_block = min(planes, 2 ** max(0, round(math.log2(max(policy.block / words, 1)))))
-    return BlockFormat(bits, words * per_block, policy.levels, policy.metadata, words)
+    if block < planes * LANES:  # several blocks to a group
+        return BlockFormat(bits, block, levels, metadata)
+    words = plane_width(width, planes, block)
+    per_block = min(planes, 2 ** max(0, round(math.log2(max(block / words, 1)))))
+    return BlockFormat(bits, words * per_block, levels, metadata, words)

@@ -76,6 +76,21 @@ class Split:
         self.pairs.append((size, placeholder))
         return placeholder
 
+    def size_in_backward(self, size: Any) -> Any:
+        """An int, or a node of the backward graph that has this symbolic size, made at its insertion point."""
+        if isinstance(size, int):
+            return size
+        symbols = {}
+        for node in self.backward.graph.find_nodes(op="placeholder"):
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt):
+                symbols[_torch.expression(value)] = node
+        expression = _torch.expression(size)
+        if expression not in symbols:
+            for symbol in sorted(expression.free_symbols - symbols.keys(), key=str):
+                symbols[symbol] = self.save_symbol(symbol)
+        return _torch.size_node(expression, symbols)
+
     def knows(self, size: Any) -> bool:
         """Whether backward has, or forward can save, every symbol of a size."""
         expression = _torch.expression(size)
@@ -133,10 +148,15 @@ def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) 
     with _torch.fake_values(graph):
         node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
     if like is not None:
-        for key in ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "original_aten"):
-            if key in like.meta:
-                node.meta[key] = like.meta[key]
+        inherit_origin(node, like)
     return node
+
+
+def inherit_origin(node: fx.Node, like: fx.Node) -> None:
+    """Gives a node the module and the source line of another one."""
+    for key in ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "original_aten"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
 
 
 def is_view(node: fx.Node) -> bool:

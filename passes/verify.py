@@ -1,15 +1,28 @@
 """`verify`: our own invariants after the rewrite. A broken one is an error at compile time, never a wrong gradient."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
-from .codecs import Keep, Quantize
+from .codecs import Keep, LowRank, Narrow, PackBits, Prune, Quantize, SampleRows
 from .plan import Plan
 from .split import Split, is_size, is_tensor
 
 ops = torch.ops.actcompile
+PAIRS = {
+    PackBits: (ops.pack_bits.default, ops.unpack_bits.default),
+    Narrow: (ops.narrow.default, ops.widen.default),
+    Prune: (ops.prune.default, ops.restore_pruned.default),
+    LowRank: (ops.low_rank.default, ops.restore_low_rank.default),
+    SampleRows: (ops.sample_rows.default, ops.restore_rows.default),
+}
+SEEDED: dict[object, Callable[[tuple[object, ...]], object]] = {  # ops that draw random bits -> their seed and row
+    ops.quantize.default: lambda args: args[1:3],
+    ops.sample_rows.default: lambda args: args[1:3],
+    ops.rademacher.default: lambda args: args[0:2],
+}
 FORBIDDEN = ("tangents", "bwd_seed", "bwd_base_offset", "bwd_rng_state")  # torch reads a meaning into these names
 
 
@@ -63,8 +76,20 @@ def verify(split: Split, plan: Plan, user_outputs: list[object], gradients: int)
     wanted = Counter(_format(c.codec) for c in compressed if isinstance(c.codec, Quantize))
     _require(Counter(n.args[3:6] for n in quantized) == wanted, "formats of the plan and of forward differ", quantized)
     decoded = backward.find_nodes(op="call_function", target=ops.dequantize.default)
-    _require(Counter(n.args[5:8] for n in decoded) == wanted, "formats of the plan and of backward differ", decoded)
-    salts = [n.args[1:3] for n in quantized]
+    used = {n.args[0]: n.args[5:8] for n in decoded}  # what is rebuilt from an activation decodes it apart
+    _require(Counter(used.values()) == wanted, "formats of the plan and of backward differ", decoded)
+    for codec, (encoding, decoding) in PAIRS.items():
+        number = sum(isinstance(c.codec, codec) for c in compressed)
+        made = forward.find_nodes(op="call_function", target=encoding)
+        read = {n.args[0] for n in backward.find_nodes(op="call_function", target=decoding)}
+        _require((len(made), len(read)) == (number, number), "encoded, planned and decoded numbers differ", encoding)
+    signs = [
+        {n.args[1:] for n in g.find_nodes(op="call_function", target=ops.rademacher.default)}
+        for g in (forward, backward)
+    ]
+    _require(signs[0] == signs[1], "forward and backward project differently", signs)
+    drawing = [n for n in forward.nodes if n.target in SEEDED]
+    salts = [SEEDED[n.target](n.args) for n in drawing]
     _require(len(set(salts)) == len(salts), "two activations share random bits", salts)
 
 

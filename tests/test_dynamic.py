@@ -77,26 +77,15 @@ def test_twenty_batches_compile_at_most_twice(options, dynamic, compilations, gu
     assert options is EXACT or any(row.codec.startswith("quantize") for row in last.rows)
 
 
-def assert_near(ours, theirs):
-    """Equal up to float32 rounding: GAT was seen one unit in the last place off, cause not established."""
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("name", ["gcn", "gat"])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("name", "dynamic"), [("gcn", True), ("gat", None)])
 def test_self_loops_in_the_model_with_unbacked_sizes(name, dynamic, compilations):
     with dynamo_config.patch(**CAPTURE):
         model, inputs = gnn(name), graph()
-        reference = step(uncompressed(copy.deepcopy(model), dynamic=dynamic), inputs, model.parameters())[:1]
-        torch._dynamo.reset()
         plain = copy.deepcopy(model)
         compress(model, dynamic=dynamic, **EXACT)
         ours = step(model, inputs, model.parameters())
-        assert_equal(ours[:1], reference)
-        assert_near(ours, step(uncompressed(plain, dynamic=dynamic), inputs, plain.parameters()))
+        assert_equal(ours, step(uncompressed(plain, dynamic=dynamic), inputs, plain.parameters()))
         (made,) = explain(model).graphs
         assert made.bytes_after < made.bytes_before
         assert any("u0" in size for row in made.rows for size in row.shape)
@@ -105,7 +94,7 @@ def test_self_loops_in_the_model_with_unbacked_sizes(name, dynamic, compilations
         edges[1, :50] = edges[0, :50]  # more loops to replace: another number of edges, the same graph
         ours = step(model, (inputs[0], edges), model.parameters())
         assert len(compilations) == before
-        assert_near(ours, step(uncompressed(plain, dynamic=dynamic), (inputs[0], edges), plain.parameters()))
+        assert_equal(ours, step(uncompressed(plain, dynamic=dynamic), (inputs[0], edges), plain.parameters()))
 
 
 def test_self_loops_in_the_model_by_default(compilations):
@@ -120,8 +109,7 @@ def test_self_loops_in_the_model_by_default(compilations):
     assert made.saved_bytes_after < made.saved_bytes_before
 
 
-@pytest.mark.parametrize("name", ["sage", "gat"])
-def test_no_pass_guards_on_a_size(name):
+def test_no_pass_guards_on_a_size():
     seen = []
 
     def transform(split):
@@ -131,6 +119,5 @@ def test_no_pass_guards_on_a_size(name):
         seen.append(any(str(c.codec).startswith("quantize") for c in every_pass(split, **FAST).choices))
         assert (len(env.guards), len(env.deferred_runtime_asserts), dict(env.replacements)) == before
 
-    with dynamo_config.patch(**CAPTURE):
-        uncompressed(gnn(name), transform, dynamic=True)(*graph())
+    uncompressed(gnn(), transform, dynamic=True)(*graph())
     assert seen == [True]

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import actcompile
+from actcompile import low_rank, prune, sample_rows
 from actcompile.kernels.format import LEVELS
 from tests.fidelity.measure import (
     compressed,
@@ -82,3 +84,32 @@ def test_the_mean_over_seeds_is_exact_under_inductor_too():
     ours, z, limit = scores(spec, bits=2, inner="inductor")
     assert rounded(ours) and not any(row.biased for row in rounded(ours))
     assert z.max() < limit
+
+
+@pytest.mark.parametrize("layer", ["sage", "gin", "gat", "edge mlp"])
+@examples(1)
+@given(data=st.data())
+def test_the_mean_stays_exact_through_a_random_projection(layer, data):
+    spec = data.draw(specs(first=[layer], dropouts=("none", "fixed"), copies=COPIES))
+    options = {"bits": 2, "projection": data.draw(st.sampled_from((2, 4))), "rows_per_block": 1, "levels": "uniform"}
+    ours, z, limit = scores(spec, **options)
+    assert any("projected" in row.codec for row in rounded(ours)) and not any(row.biased for row in rounded(ours))
+    assert (z > 0).any()
+    assert z.max() < limit, (spec, options)
+
+
+@pytest.mark.parametrize("layer", ["sage", "gin"])
+def test_the_mean_stays_exact_when_rows_are_sampled(layer):
+    ours, z, limit = scores(Spec((layer, layer), dropout="fixed", copies=COPIES), method=sample_rows(2))
+    rows = [row for g in actcompile.explain(ours).graphs for row in g.rows if row.codec.startswith("sample_rows")]
+    assert rows and not any(row.biased for row in rows)
+    assert (z > 0).any()
+    assert z.max() < limit
+
+
+@pytest.mark.parametrize("method", [prune(4), low_rank(4)], ids=str)
+def test_a_biased_method_is_reported_and_seen(method):
+    ours, z, limit = scores(Spec(("sage", "sage"), norm="layer", copies=COPIES), method=method, nonlinear_bits=8)
+    rows = [row for g in actcompile.explain(ours).graphs for row in g.rows if row.codec.startswith(method.name)]
+    assert rows and all(row.biased and row.through == "the codec" for row in rows)
+    assert z.max() > limit

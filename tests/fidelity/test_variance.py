@@ -11,7 +11,7 @@ from torch import nn
 from actcompile.config import Config
 from actcompile.kernels.format import LEVELS
 from actcompile.passes.codecs import Quantize
-from actcompile.passes.plan import Policy, fit_format
+from actcompile.passes.plan import block_format
 from tests.fidelity.measure import compressed, directions, gradients, rounded, sample
 from tests.fidelity.stacks import build, examples, seeds, specs
 from tests.fidelity.theory import Captured, Moments, moments
@@ -48,7 +48,7 @@ def test_a_weight_gradient_varies_by_the_sum_over_rows(rows, width, out, bits, b
     model = Two(width, out)
     x, g = torch.randn(rows, 4), torch.randn(rows, out)
     hidden = model.first(x).detach()
-    fmt = fit_format(hidden, bits, Policy(block=block, levels=levels, metadata=getattr(torch, metadata)))
+    fmt = block_format(width, bits, block, levels, getattr(torch, metadata))
     ours = compressed(model, bits=bits, block=block, levels=levels, metadata=metadata)
     exact = gradients(ours, x, None, g)
     assume(rounded(ours))  # else it would have taken more bytes than it saves

@@ -35,6 +35,7 @@ def reasons(activations):
     return {a.refusal.partition(":")[0] for a in activations if a.refusal}
 
 
+torch.manual_seed(0)
 X = torch.randn(64, 16)
 W, V = torch.randn(16, 32, requires_grad=True), torch.randn(32, 4, requires_grad=True)
 

@@ -10,6 +10,7 @@ from actcompile.passes.masks import hoist_comparisons, masks, merge_masks
 from actcompile.passes.split import is_tensor
 from tests.helpers import FAST, assert_close, assert_equal, gnn, graph, ops, step, uncompressed
 
+torch.manual_seed(0)
 X, W, V = torch.randn(64, 16), torch.randn(16, 32), torch.randn(32, 4)
 
 

@@ -10,6 +10,7 @@ from actcompile.passes.split import is_size, is_tensor, is_view
 from tests.helpers import EXACT, FAST, Mlp, assert_close, count, every_pass, gnn, graph, ops, step, uncompressed
 
 NAMES = ("draw_seed", "quantize", "pack_bits", "narrow", "dequantize", "unpack_bits", "widen")
+torch.manual_seed(0)
 X, W, V = torch.randn(64, 16), torch.randn(16, 32, requires_grad=True), torch.randn(32, 4, requires_grad=True)
 
 
