@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ def forget_compilations() -> None:
     """Drops every compiled graph of this process and sets the count to zero."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+def one_graph_despite_data_dependent_sizes() -> AbstractContextManager[None]:
+    """Traces self-loops added inside a layer, whose number depends on data, without a graph break.
+
+    `capture_dynamic_output_shape_ops` can be set in `torch._dynamo.config` only (2.11 to 2.14).
+    """
+    return torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 
 
 def saved_without_version_check(node: Any) -> list[Tensor]:

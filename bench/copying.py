@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 import actcompile.kernels  # noqa: F401  registers the ops
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.quantize import dequantize_aten, dequantize_reference, quantize_reference
-from actcompile.passes import _torch
-from actcompile.passes.plan import Policy, fit_format
+from actcompile.kernels.quantize import dequantize_reference, quantize_reference
+from actcompile.passes import loops_decode, loops_encode  # noqa: F401  register the lowerings
+from actcompile.passes.plan import block_format
 
 Formats = list[tuple[int, int, str]]  # width, block asked for, levels
 
@@ -37,12 +37,14 @@ def measure(rows: int, width: int, block: int, levels: Any, steps: int) -> dict[
     """Medians of alternating runs, in milliseconds, after a check of a few rows against the reference."""
     torch._dynamo.reset()  # every format shares this function, and with it a limit of eight compilations
     x = torch.randn(rows, width)
-    fmt = fit_format(x, 2, Policy(bits=2, block=block, levels=levels))
+    fmt = block_format(width, 2, block, levels)
     seed = torch.ops.actcompile.draw_seed(1, x.device)
     encode = torch.compile(lambda x, seed: torch.ops.actcompile.quantize(x, seed, 0, *fields(fmt)), dynamic=False)
     encoded = encode(x, seed)
-    expanded = decoder(encoded, [rows, width], fmt)
-    decode = torch.compile(expanded, dynamic=False)
+    decode = torch.compile(
+        lambda *parts: torch.ops.actcompile.dequantize(*parts, [rows, width], torch.float32, *fields(fmt)[:3]),
+        dynamic=False,
+    )
 
     few = 4 * fmt.group
     exact = quantize_reference(x.flatten()[:few], seed, 0, fmt)
@@ -83,19 +85,6 @@ def fields(fmt: BlockFormat) -> tuple[Any, ...]:
 
 def bits(words: Tensor) -> Tensor:
     return words.contiguous().view(torch.int32)
-
-
-def decoder(encoded: tuple[Tensor, ...], size: list[int], fmt: BlockFormat) -> fx.GraphModule:
-    """The expansion of `dequantize` as the pass inserts it."""
-    numel = size[0] * size[1]
-    with _torch.FakeTensorMode() as mode:
-        values: list[Any] = [mode.from_tensor(t) for t in encoded]
-        return _torch.decompose(
-            lambda words, low, high: dequantize_aten(
-                words, low, high, size, torch.float32, fmt, tail=numel % fmt.group != 0
-            ),
-            values,
-        )
 
 
 if __name__ == "__main__":

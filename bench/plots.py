@@ -27,7 +27,7 @@ def bars(path: Path, title: str, panels: Mapping[str, Mapping[str, float | None]
         axis.set_title(quantity, fontsize=10)
         axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
@@ -43,11 +43,50 @@ def lines(path: Path, title: str, x_label: str, y_label: str, series: Series) ->
     axis.set_ylabel(y_label)
     axis.set_ylim(bottom=0)
     axis.legend()
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
-def _save(figure: Any, path: Path, title: str) -> None:
+Points = Mapping[str, Sequence[tuple[str, float, float, float]]]
+"""By family: (name, x, y, error of y)."""
+COLOURS = ("#24292f", "#d9730d", "#2da44e", "#8250df", OURS, BASELINE)
+MARKS = ("*", "o", "s", "^", "D", "x")
+
+
+def scatters(path: Path, title: str, x_label: str, y_label: str, panels: Mapping[str, Points]) -> None:
+    """One panel for each set of points; x on a logarithmic scale, families told apart by colour and mark.
+
+    Only the last two families' points are named: names of all would cover each other.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 3.8 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (name, families) in zip(axes.flat, panels.items(), strict=False):
+        for colour, mark, (family, points) in zip(COLOURS, MARKS, families.items(), strict=False):
+            if not points:
+                continue
+            _, x, y, error = zip(*points, strict=True)
+            axis.errorbar(x, y, error, fmt=mark, color=colour, label=family, markersize=6, elinewidth=1, alpha=0.85)
+            if family in ("actcompile", "other codecs"):
+                for text, px, py, _ in points:
+                    axis.annotate(text, (px, py), (4, 4), textcoords="offset points", fontsize=7, color=colour)
+        axis.set_xscale("log")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel(x_label, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    for row in axes:
+        row[0].set_ylabel(y_label, fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, bbox_to_anchor=(0.5, -0.03))
+    save(figure, path, title)
+
+
+def save(figure: Any, path: Path, title: str) -> None:
+    """Writes a figure under its title, in the format that the path ends in."""
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

@@ -14,13 +14,14 @@ from rich.console import Console
 class Options:
     """What the command line hands to every case.
 
-    quick: a tiny problem that shows that the case works, its numbers mean nothing. variants: which to run, all when
-    empty. steps and seeds: None for the case's own number. out: the folder of results.
+    quick: a tiny problem that shows that the case works, its numbers mean nothing. variants, data: which of them to
+    run, all when empty. steps and seeds: None for the case's own number. out: the folder of results.
     """
 
     out: Path
     quick: bool = False
     variants: Sequence[str] = ()
+    data: Sequence[str] = ()
     steps: int | None = None
     seeds: int | None = None
     console: Console = field(default_factory=Console)

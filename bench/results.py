@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 PACKAGES = ("torch", "triton", "torch-geometric", "numpy")
@@ -77,3 +78,9 @@ def show(console: Console, title: str, header: Sequence[str], rows: Iterable[Seq
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def progress(console: Console) -> Progress:
+    """A progress bar that names what runs now, counts, and estimates the rest."""
+    name, bar, count = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(name, bar, count, TimeElapsedColumn(), TimeRemainingColumn(), console=console)

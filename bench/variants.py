@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from actcompile import cast, low_rank, prune, sample_rows
+from actcompile.config import GROUPS
 from bench import _torch
 from bench.models import Stack
 
@@ -35,6 +37,9 @@ class Variant:
 VARIANTS: dict[str, Variant] = {}
 EXACT = 1e-3  # float32 sums in another order, through BatchNorm, stay far below
 ROUNDED = 0.5  # a wrong gradient has an error of about 1 or more; a rounded one's is reported, not judged further
+NOISY = float(
+    "inf"
+)  # projections and samples err by more than 1 in one step: judged by the tests of their mean instead
 
 
 def variant(
@@ -105,23 +110,34 @@ def with_row_hooks(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-@variant("lossless", "actcompile, lossless codecs only")
-def _lossless(model: Stack) -> Callable[..., Tensor]:
-    return _actcompile(model, bits=None, nonlinear_bits=None)
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lossless": ("lossless codecs only", {"bits": None, "nonlinear_bits": None}),
+    "default": ("its defaults", {}),
+    "2-bit": ("2 bits for every float", {"bits": 2, "nonlinear_bits": 2}),
+    "smallest": ("preset smallest", {"preset": "smallest"}),
+    "exact": ("EXACT: projection to 1/8, a block to a row, 2 bits", {"preset": "exact"}),
+    "exact-vm": (
+        "EXACT with variance-minimising levels: i-EXACT's levels without its blocks",
+        {"preset": "exact", "levels": "variance-minimising"},
+    ),
+    **{f"iexact-{g}": (f"i-EXACT, blocks of {g} projected rows", {"preset": f"iexact-{g}"}) for g in GROUPS},
+    **{f"iexact-{g}-vm": ("the same, with its levels", {"preset": f"iexact-{g}-vm"}) for g in GROUPS},
+    "bf16": ("every float in bfloat16", {"method": cast("bfloat16")}),
+    "e4m3": ("every float in 8-bit e4m3", {"method": cast("float8_e4m3fn")}),
+    "prune-8": ("the largest eighth of each row", {"method": prune(8)}),
+    "low-rank-8": ("rank an eighth of the width", {"method": low_rank(8)}),
+    "rows-8": ("an eighth of the rows, sampled (WTA-CRS)", {"method": sample_rows(8)}),
+}
+"""Our own variants: what they do, and the fields of `actcompile.Config` that say so."""
 
 
-@variant("default", "actcompile with its defaults", ROUNDED)
-def _default(model: Stack) -> Callable[..., Tensor]:
-    return _actcompile(model)
+def _actcompile(fields: dict[str, Any]) -> Prepare:
+    return lambda model: torch.compile(model, backend="actcompile", options=fields)
 
 
-@variant("2-bit", "actcompile, 2 bits for every float", ROUNDED)
-def _two_bits(model: Stack) -> Callable[..., Tensor]:
-    return _actcompile(model, bits=2, nonlinear_bits=2)
-
-
-def _actcompile(model: Stack, **fields: Any) -> Callable[..., Tensor]:
-    return torch.compile(model, backend="actcompile", options=fields)
+for _name, (_note, _fields) in OURS.items():
+    _limit = {"lossless": EXACT, "default": ROUNDED, "2-bit": ROUNDED}.get(_name, NOISY)
+    variant(_name, f"actcompile, {_note}", _limit)(_actcompile(_fields))
 
 
 def _hook(function: Callable[[Any], Any], key: str) -> fx.GraphModule:

@@ -1,5 +1,5 @@
 """Every module here registers its cases when it is imported."""
 
-from bench.cases import accuracy, copy_speed, levels, minibatch, sage_arxiv, triton
+from bench.cases import accounting, accuracy, copy_speed, distributions, levels, minibatch, sage_arxiv, triton
 
-__all__ = ["accuracy", "copy_speed", "levels", "minibatch", "sage_arxiv", "triton"]
+__all__ = ["accounting", "accuracy", "copy_speed", "distributions", "levels", "minibatch", "sage_arxiv", "triton"]

@@ -1,83 +1,49 @@
-"""Real graphs, several seeds, compressed and uncompressed: does the test metric change?
-
-Every finished training run is appended to accuracy.jsonl in the folder of results; a run that is found there is not
-done again, so the case can be interrupted at any time.
-"""
+"""Real graphs, several seeds, compressed and uncompressed: does the test metric change?"""
 
 from __future__ import annotations
 
-import json
 import statistics
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from actcompile import datasets
-from bench import _torch, models
 from bench.registry import Options, case
-from bench.results import show
-from bench.training import train
+from bench.results import progress, show
+from bench.trials import Record, Trial, runs, select
 
-INNER = "inductor"  # compiles both the compressed and the uncompressed model
-MODES: dict[str, dict[str, Any]] = {"default": {}, "2-bit": {"bits": 2, "nonlinear_bits": 2}}
-UNCOMPRESSED = "uncompressed"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A 3-layer GraphSAGE behind a linear encoder; where a data set has many splits, each seed has its own."""
-
-    data: str
-    hidden: int = 128
-    layers: int = 3
-    dropout: float = 0.5
-    epochs: int = 150
-    learning_rate: float = 0.01
-    weight_decay: float = 5e-4
-
-
-SETTINGS = (
-    Setting("pubmed"),
-    Setting("computers", weight_decay=0.0),
-    Setting("cs"),
-    Setting("tolokers", hidden=64, dropout=0.2, weight_decay=0.0),
+VARIANTS = ("inductor", "default", "2-bit")
+UNCOMPRESSED = VARIANTS[0]
+TRIALS = (
+    Trial("pubmed", encoder=True, epochs=100, weight_decay=5e-4),
+    Trial("computers", encoder=True, epochs=100),
+    Trial("cs", encoder=True, epochs=60, weight_decay=5e-4),
+    Trial("tolokers", hidden=64, dropout=0.2, encoder=True, epochs=100),
 )
 
 
 @case("accuracy", "PubMed, Amazon Computers, Coauthor CS, tolokers: test metric, compressed and not, over seeds")
 def run(options: Options) -> dict[str, Any]:
-    seeds = options.seeds or (2 if options.quick else 10)
-    settings = (Setting("cora", hidden=16, layers=2, epochs=5),) if options.quick else SETTINGS
-    modes = [UNCOMPRESSED, *options.pick(list(MODES))]
-    record = options.out / "accuracy.jsonl"
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    seeds = range(options.seeds or (2 if options.quick else 10))
+    trials = select([Trial("cora", hidden=16, layers=2, encoder=True, epochs=5)] if options.quick else TRIALS, options)
+    names = [UNCOMPRESSED, *options.pick(VARIANTS[1:])]
+    record = Record(options.out / "accuracy.jsonl")
     results: dict[str, dict[str, Any]] = {}
-    with Progress(*columns, console=options.console) as progress:
-        bar = progress.add_task("", total=len(settings) * len(modes) * seeds)
-        for setting in settings:
+    with progress(options.console) as bar:
+        task = bar.add_task("", total=len(trials) * len(names) * len(seeds))
+        for trial in trials:
             scores = {}
-            for mode in modes:
-                progress.update(bar, description=f"{setting.data}, {mode}")
-                scores[mode] = _scores(setting, mode, seeds, record, lambda: progress.advance(bar))
-            summaries = {m: _summary(scores[m], scores[UNCOMPRESSED]) for m in modes}
-            results[setting.data] = {"seeds": seeds, "modes": summaries}
+            for name in names:
+                bar.update(task, description=f"{trial.data}, {name}")
+                made = runs(trial, name, seeds, record, lambda: bar.advance(task))
+                scores[name] = [r["score"] for r in made]
+            results[trial.data] = {name: _summary(scores[name], scores[UNCOMPRESSED]) for name in names}
     rows = []
-    for data, result in results.items():
-        for mode, s in result["modes"].items():
-            first = data if mode == UNCOMPRESSED else ""
-            rows.append([first, mode, f"{100 * s['mean']:.2f}", f"{100 * s['standard_error']:.2f}", s["verdict"]])
-    header = ["data", "mode", "test metric, %", "standard error", "verdict"]
-    show(options.console, f"mean over {seeds} seeds; tolokers in ROC-AUC", header, rows)
-    return {"settings": [asdict(s) for s in settings], "inner": INNER, "data": results}
+    for data, summaries in results.items():
+        for name, s in summaries.items():
+            first = data if name == UNCOMPRESSED else ""
+            rows.append([first, name, f"{100 * s['mean']:.2f}", f"{100 * s['standard_error']:.2f}", s["verdict"]])
+    header = ["data", "variant", "test metric, %", "standard error", "verdict"]
+    show(options.console, f"mean over {len(seeds)} seeds; tolokers in ROC-AUC", header, rows)
+    return {"settings": {"trials": [asdict(t) for t in trials], "seeds": len(seeds)}, "data": results}
 
 
 def _summary(scores: list[float], reference: list[float]) -> dict[str, Any]:
@@ -101,43 +67,3 @@ def _summary(scores: list[float], reference: list[float]) -> dict[str, Any]:
         "verdict": "" if scores is reference else verdict,
         "scores": scores,
     }
-
-
-def _scores(setting: Setting, mode: str, seeds: int, record: Path, advance: Any) -> list[float]:
-    """The test metric of every seed: from the record where it is there, else trained now and recorded."""
-    fields = MODES.get(mode, {})
-    key = {"setting": asdict(setting), "mode": mode, "fields": fields, "inner": INNER, "torch": torch.__version__}
-    known = {}
-    if record.exists():
-        for line in map(json.loads, record.read_text().splitlines()):
-            if line["key"] == key:
-                known[line["seed"]] = line["score"]
-    todo = [s for s in range(seeds) if s not in known]
-    for _ in range(seeds - len(todo)):
-        advance()
-    if todo:
-        _torch.forget_compilations()
-        task = datasets.load(setting.data)
-        model = models.build(
-            "sage",
-            task.features,
-            task.classes,
-            hidden=setting.hidden,
-            layers=setting.layers,
-            dropout=setting.dropout,
-            encoder=True,
-        )
-        if mode == UNCOMPRESSED:
-            forward = torch.compile(model, backend=INNER)
-        else:
-            forward = torch.compile(model, backend="actcompile", options={"inner": INNER, **fields})
-    for seed in todo:
-        split = datasets.load(setting.data, seed=seed).split(seed)
-        torch.manual_seed(seed)
-        model.reset_parameters()
-        known[seed] = train(task, model, forward, split, setting.epochs, setting.learning_rate, setting.weight_decay)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with record.open("a") as file:
-            file.write(json.dumps({"key": key, "seed": seed, "score": known[seed]}) + "\n")
-        advance()
-    return [known[s] for s in range(seeds)]

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from actcompile.datasets import DataUnavailable
 from bench.__main__ import main
 from bench.cases import accuracy
 from bench.pool import Process, WorkerFailed, alternate, memory
-from bench.registry import CASES
+from bench.registry import CASES, Options
 from bench.results import earlier, environment, write
+from bench.trials import Record, Trial, runs, select
 from bench.variants import VARIANTS
 from bench.workload import Training, Workload
 
@@ -65,18 +67,36 @@ def test_verdicts_are_plain() -> None:
     assert not worse["within"] and worse["verdict"].startswith("-10.00")
 
 
-def test_recorded_seeds_are_not_trained_again(tmp_path: Path) -> None:
-    record = tmp_path / "accuracy.jsonl"
-    unloadable = accuracy.Setting("no such data set")
-    key = {"setting": unloadable.__dict__, "mode": "2-bit", "fields": accuracy.MODES["2-bit"]}
-    key |= {"inner": accuracy.INNER, "torch": torch.__version__}
-    lines = [{"key": key, "seed": seed, "score": seed / 10} for seed in (1, 0)]
-    record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def test_recorded_runs_are_not_made_again(tmp_path: Path) -> None:
+    unloadable, record = Trial("no such data set"), Record(tmp_path / "runs.jsonl")
+    for seed in (1, 0):
+        record.add(unloadable.key("2-bit"), seed, {"score": seed / 10})
     done: list[int] = []
-    assert accuracy._scores(unloadable, "2-bit", 2, record, lambda: done.append(1)) == [0.0, 0.1]
-    assert len(done) == 2
-    with pytest.raises(ValueError, match="no such data set"):
-        accuracy._scores(unloadable, "default", 2, record, lambda: None)
+    found = runs(unloadable, "2-bit", range(2), record, lambda: done.append(1))
+    assert [r["score"] for r in found] == [0.0, 0.1] and len(done) == 2
+    for other, variant in ((unloadable, "default"), (replace(unloadable, epochs=7), "2-bit")):
+        with pytest.raises(ValueError, match="no such data set"):
+            runs(other, variant, range(2), record, lambda: None)
+
+
+def test_a_run_is_recorded_as_it_ends_and_repeats_itself(tmp_path: Path) -> None:
+    tiny = Trial("cora", hidden=8, layers=2, epochs=3, clip=0.5)
+    try:
+        tiny.task()
+    except DataUnavailable as reason:
+        pytest.skip(str(reason))
+    first, second = (
+        runs(tiny, "eager", [3], Record(tmp_path / name), lambda: None)[0] for name in ("a.jsonl", "b.jsonl")
+    )
+    assert first["score"] == second["score"] and first["saved_bytes"] == second["saved_bytes"] > 0
+    assert Record(tmp_path / "a.jsonl").known(tiny.key("eager")) == {3: first}
+
+
+def test_only_known_graphs_can_be_asked_for() -> None:
+    trials = [Trial("cora"), Trial("pubmed")]
+    assert select(trials, Options(Path(), data=["pubmed"])) == trials[1:]
+    with pytest.raises(ValueError, match="--data citeseer: this case has cora, pubmed"):
+        select(trials, Options(Path(), data=["citeseer"]))
 
 
 def test_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
