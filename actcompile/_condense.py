@@ -110,7 +110,8 @@ def crossings(graph: "GraphReport") -> list[Crossing]:
     placeholders = [n.name for n in graph.backward_nodes if n.op == "placeholder"]
     outputs = [name for n in graph.forward_nodes if n.op == "output" for name in n.inputs]
     renamed = [p for p in placeholders if p not in outputs]  # not sizes, which decoders read as well
-    decoders = {p: made for p in renamed if (made := tuple(u for u in users[p] if backward[u].inserted))}
+    readers = {p: tuple(u for u in users[p] if backward[u].inserted) for p in renamed}
+    decoders = {p: read for p, read in readers.items() if read}
     encoded = list(zip((o for o in outputs if _encoder(o, forward)), decoders, strict=False))
     by_encoder: dict[str, list[str]] = defaultdict(list)
     for output, placeholder in encoded:

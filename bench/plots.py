@@ -52,10 +52,13 @@ COLOURS = ("#24292f", "#d9730d", "#2da44e", "#8250df", OURS, BASELINE)
 MARKS = ("*", "o", "s", "^", "D", "x")
 
 
-def scatters(path: Path, title: str, x_label: str, y_label: str, panels: Mapping[str, Points]) -> None:
+def scatters(
+    path: Path, title: str, x_label: str, y_label: str, panels: Mapping[str, Points], curves: bool = False
+) -> None:
     """One panel for each set of points; x on a logarithmic scale, families told apart by colour and mark.
 
-    Only the last two families' points are named: names of all would cover each other.
+    `curves`: each family's points are joined, and y is logarithmic, too. Only the last two families' points are named:
+    names of all would cover each other.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -66,12 +69,16 @@ def scatters(path: Path, title: str, x_label: str, y_label: str, panels: Mapping
         for colour, mark, (family, points) in zip(COLOURS, MARKS, families.items(), strict=False):
             if not points:
                 continue
-            _, x, y, error = zip(*points, strict=True)
-            axis.errorbar(x, y, error, fmt=mark, color=colour, label=family, markersize=6, elinewidth=1, alpha=0.85)
+            joined = curves and family != "other codecs"
+            _, x, y, error = zip(*sorted(points, key=lambda p: p[1]), strict=True)
+            axis.errorbar(
+                x, y, error, fmt=mark + "-" * joined, color=colour, label=family, markersize=6, elinewidth=1, alpha=0.85
+            )
             if family in ("actcompile", "other codecs"):
                 for text, px, py, _ in points:
                     axis.annotate(text, (px, py), (4, 4), textcoords="offset points", fontsize=7, color=colour)
         axis.set_xscale("log")
+        axis.set_yscale("log" if curves else "linear")
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(x_label, fontsize=8)
         axis.tick_params(labelsize=8)

@@ -121,14 +121,14 @@ def _encode(x: Any, rest: Any, first: Any, seed: Any, salt: int, fmt: BlockForma
         words = None
         scales: dict[int, tuple[Value, Value, Value]] = {}
         for k in range(fmt.planes):
+            if k * width >= fmt.group:
+                break
             b = k * width // fmt.block
             if b not in scales:
                 half_low = end_of(0, group, _torch.sympy.Integer(b)) * 0.5
                 half = (end_of(1, group, _torch.sympy.Integer(b)) * 0.5 - half_low).at_least(SMALLEST_HALF_RANGE)
                 scales[b] = half_low, (fmt.top * 256.0) / half, half < float("inf")  # type: ignore[operator]
             half_low, inverse, finite = scales[b]
-            if k * width >= fmt.group:
-                break
             inside = None  # the last plane of a group with unused slots is cut short
             if (k + 1) * width > fmt.group:
                 inside = Value(ops.index_expr(j, torch.int64), torch.int64) < fmt.group - k * width

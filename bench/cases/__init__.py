@@ -1,5 +1,27 @@
 """Every module here registers its cases when it is imported."""
 
-from bench.cases import accounting, accuracy, copy_speed, distributions, levels, minibatch, sage_arxiv, triton
+from bench.cases import (
+    accounting,
+    accuracy,
+    copy_speed,
+    distributions,
+    gradients,
+    levels,
+    minibatch,
+    paper,
+    sage_arxiv,
+    triton,
+)
 
-__all__ = ["accounting", "accuracy", "copy_speed", "distributions", "levels", "minibatch", "sage_arxiv", "triton"]
+__all__ = [
+    "accounting",
+    "accuracy",
+    "copy_speed",
+    "distributions",
+    "gradients",
+    "levels",
+    "minibatch",
+    "paper",
+    "sage_arxiv",
+    "triton",
+]

@@ -75,6 +75,7 @@ FORMATS = {
     "explicit levels": (BlockFormat(2, 64, "0,0.4,1.3,3"), 21, 50, torch.float32, 16, True),
     "8 bits": (BlockFormat(8, 100, "variance-minimising"), 19, 50, torch.float16, 7, True),
     "short blocks": (BlockFormat(2, 64, "variance-minimising"), 24, 64, torch.float32, 16, False),
+    "a plane without elements": (BlockFormat(2, 100, metadata=torch.bfloat16), 20, 50, torch.float32, 16, False),
     "unused slots": (BlockFormat(2, 62, "uniform", torch.bfloat16), 31, 62, torch.float32, 16, False),
 }
 
