@@ -1,8 +1,8 @@
 """Projected quantisation, `dequantize(quantize(x @ P)) @ P.T`: its mean and its total variance are those of theory.
 
 A row `x` of `D` elements is projected to `R` columns. The projection alone has `E |x P P.T - x|**2`, which is
-`(D - 1) / R |x|**2` (EXACT, ICLR 2022, appendix), and rounding `y = x P` adds `var(y_k) |P_k|**2 = var(y_k) D / R` for each of its elements,
-since roundings are independent of each other and of `P`.
+`(D - 1) / R |x|**2` (EXACT, ICLR 2022, appendix), and rounding `y = x P` adds `var(y_k) |P_k|**2 = var(y_k) D / R` for
+each of its elements, since roundings are independent of each other and of `P`.
 
 z-tests over `CALLS` seeds; the false alarm rate of each example is below `ALARM`, by the normal approximation.
 """
