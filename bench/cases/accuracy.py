@@ -13,16 +13,16 @@ from bench.trials import Record, Trial, runs, select
 VARIANTS = ("inductor", "default", "2-bit")
 UNCOMPRESSED = VARIANTS[0]
 TRIALS = (
-    Trial("pubmed", encoder=True, epochs=100, weight_decay=5e-4),
-    Trial("computers", encoder=True, epochs=100),
-    Trial("cs", encoder=True, epochs=60, weight_decay=5e-4),
-    Trial("tolokers", hidden=64, dropout=0.2, encoder=True, epochs=100),
+    Trial("pubmed", encoder=True, epochs=80, weight_decay=5e-4),
+    Trial("computers", encoder=True, epochs=40),
+    Trial("cs", encoder=True, epochs=40, weight_decay=5e-4),
+    Trial("tolokers", hidden=64, dropout=0.2, encoder=True, epochs=50),
 )
 
 
 @case("accuracy", "PubMed, Amazon Computers, Coauthor CS, tolokers: test metric, compressed and not, over seeds")
 def run(options: Options) -> dict[str, Any]:
-    seeds = range(options.seeds or (2 if options.quick else 10))
+    seeds = range(options.seeds or (2 if options.quick else 5))
     trials = select([Trial("cora", hidden=16, layers=2, encoder=True, epochs=5)] if options.quick else TRIALS, options)
     names = [UNCOMPRESSED, *options.pick(VARIANTS[1:])]
     record = Record(options.out / "accuracy.jsonl")

@@ -3,7 +3,8 @@
 Every model is first trained a little, uncompressed, since activations of fresh parameters are not those of training.
 Then its parameters stand still, dropout is off, and each setting's gradients are compared with the exact ones, for
 several seeds: the error of one step, and that of the mean of all, which an unbiased method brings down by the root of
-their number. `inner="aot_eager"`: the same encoded bytes as with Inductor, and nothing to compile.
+their number. `inner="aot_eager"`: the same encoded bytes as with Inductor, and nothing to compile. A graph that is in
+the results of an earlier run is not done again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from actcompile.datasets import DataUnavailable, NodeTask
 from bench import _torch, models, plots
 from bench.measure import relative_error
 from bench.registry import Options, case
-from bench.results import megabytes, progress, show
+from bench.results import earlier, megabytes, progress, show, write
 from bench.training import train
 from bench.trials import Trial, select
 from bench.variants import OURS
@@ -68,12 +69,18 @@ THEIRS = ("EXACT", "i-EXACT", "i-EXACT, its levels")
 def run(options: Options) -> dict[str, Any]:
     seeds = range(options.seeds or (2 if options.quick else 8))
     trials = select([Trial("cora", hidden=32, layers=2, epochs=3)] if options.quick else TRIALS, options)
+    settings = {"seeds": len(seeds)}
+    known = earlier(options.out, NAME, settings).get("data", {})
     found: dict[str, dict[str, Any]] = {}
     with progress(options.console) as bar:
         total = sum(map(len, FAMILIES.values())) + len(ABLATION)
         task = bar.add_task("", total=len(trials) * total)
         for trial in trials:
             bar.update(task, description=trial.data)
+            if known.get(trial.data, {}).get("trial") == asdict(trial):
+                found[trial.data] = known[trial.data]
+                bar.advance(task, total)
+                continue
             try:
                 step = Step(trial)
             except DataUnavailable as reason:
@@ -87,13 +94,19 @@ def run(options: Options) -> dict[str, Any]:
 
             families = {f: {n: measured(fields) for n, fields in points.items()} for f, points in FAMILIES.items()}
             ablation = {name: measured(fields) for name, fields in ABLATION.items()}
-            found[trial.data] = {"families": families, "ablation": ablation, "equal_bytes": equal_bytes(families)}
+            found[trial.data] = {
+                "trial": asdict(trial),
+                "families": families,
+                "ablation": ablation,
+                "equal_bytes": equal_bytes(families),
+            }
+            write(options.out, NAME, {"settings": settings, "data": known | found})
     for data, result in found.items():
         _print(options, data, result, len(seeds))
     if found:
         options.out.joinpath(NAME).mkdir(parents=True, exist_ok=True)
         _draw(options, found)
-    return {"settings": {"trials": [asdict(t) for t in trials], "seeds": len(seeds)}, "data": found}
+    return {"settings": settings, "data": known | found}
 
 
 class Step:
