@@ -52,10 +52,10 @@ class Problem:
 PROBLEMS = (
     Problem(Trial("ogbn-arxiv", epochs=100, clip=0.5), 3),
     Problem(Trial("flickr", hidden=256, layers=2, dropout=0.3, epochs=50, clip=0.5), 3),
-    Problem(Trial("arxiv-shaped", epochs=12, clip=0.5), 2),
-    Problem(Trial("cora", epochs=40, clip=0.5), 5),
-    Problem(Trial("pubmed", epochs=40, clip=0.5), 3),
-    Problem(Trial("minesweeper", epochs=60, clip=0.5), 3),
+    Problem(Trial("arxiv-shaped", epochs=10, clip=0.5), 2),
+    Problem(Trial("cora", epochs=40, clip=0.5), 3),
+    Problem(Trial("pubmed", epochs=30, clip=0.5), 3),
+    Problem(Trial("minesweeper", epochs=40, clip=0.5), 2),
 )
 QUICK = (Problem(Trial("cora", hidden=32, layers=2, epochs=5, clip=0.5), 2),)
 
