@@ -67,7 +67,7 @@ THEIRS = ("EXACT", "i-EXACT", "i-EXACT, its levels")
 
 @case(NAME, "gradient error against saved bytes on real graphs: EXACT, i-EXACT, ours, other codecs")
 def run(options: Options) -> dict[str, Any]:
-    seeds = range(options.seeds or (2 if options.quick else 8))
+    seeds = range(options.seeds or (2 if options.quick else 4))
     trials = select([Trial("cora", hidden=32, layers=2, epochs=3)] if options.quick else TRIALS, options)
     settings = {"seeds": len(seeds)}
     known = earlier(options.out, NAME, settings).get("data", {})
