@@ -15,6 +15,7 @@ from actcompile.passes import _torch
 from actcompile.passes.codecs import Quantize
 from actcompile.passes.find import dense_order
 from actcompile.passes.plan import Choice
+from actcompile.passes.standardise import standard
 
 from . import _trace
 from .backend import cut, decide
@@ -38,8 +39,8 @@ def observed(
         model: any module or function that `torch.compile` can trace; it is not changed.
         look: called in every forward, in the order in which the values are computed. `choice.activation` tells the
             module, source line, op and uses; `choice.codec.format` is the format it would have. `value` is detached,
-            contiguous, and in the order in which it would be cut into blocks; it must not be changed, nor kept for
-            long, since it is the activation itself.
+            contiguous, standardised if the codec says so, and in the order in which it would be cut into blocks; it
+            must not be changed, nor kept for long, since it is no copy.
         config: what would be quantised, and how; `options` change single fields of it.
         dynamic: as in `torch.compile`.
     """
@@ -53,7 +54,7 @@ def observed(
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
             split = cut(joint, joint_inputs, num_fwd_outputs, **keywords)
             chosen = decide(split, made)[0].choices
-            watched.update({c.activation.node.name: c for c in chosen if isinstance(c.codec, Quantize)})
+            watched.update({_encoded(c).name: c for c in chosen if isinstance(c.codec, Quantize)})
             split.finish()
             return split.forward, split.backward
 
@@ -74,6 +75,12 @@ def observed(
         return compiler(gm, inputs)
 
     return torch.compile(model, backend=observing, dynamic=dynamic, **_trace.isolated())
+
+
+def _encoded(choice: Choice) -> fx.Node:
+    """The forward node whose value is cut into blocks."""
+    found = standard(choice.activation.node) if choice.codec.standardised else None  # type: ignore[union-attr]
+    return found.result if found else choice.activation.node
 
 
 class _Partitioner(_torch.CustomPartitionerFn):

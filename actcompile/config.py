@@ -88,6 +88,8 @@ class Config:
             `cast("float8_e4m3fn")`. `bits` still holds for what a method does not fit.
         rebuild: what backward can compute from other saved values, such as the result of BatchNorm, ReLU and dropout
             from the norm's input, is not saved.
+        standardise: what a BatchNorm reads is rounded in the norm's own units, so that no column has more noise for its
+            width than another.
         fitted: levels fitted to single activations, as `calibrate` returns them.
         levels: "uniform", "variance-minimising" for normal values, "half-normal" for those that ReLU has passed, or
             "auto", which takes the latter for what is never negative.
@@ -114,6 +116,7 @@ class Config:
     projection: int | None = None
     method: Rule | None = None
     rebuild: bool = True
+    standardise: bool = True
     fitted: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -122,8 +125,9 @@ class Config:
         _one_of("levels", self.levels, ("auto", *LEVELS))
         _one_of("metadata", self.metadata, tuple(METADATA))
         _one_of("inner", self.inner, ("inductor", "aot_eager"))
-        if not isinstance(self.rebuild, bool):
-            raise TypeError(f"rebuild must be True or False, got {self.rebuild!r}")
+        for name in ("rebuild", "standardise"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, least in (("block", 8), ("min_bytes", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -177,6 +181,7 @@ class Config:
             min_bytes=self.min_bytes,
             rows_per_block=self.rows_per_block,
             projection=self.projection,
+            standardise=self.standardise,
             fitted=self.fitted,
         )
         if self.method is not None:
@@ -201,10 +206,17 @@ def _with_rule(policy: Policy, rule: Rule) -> Policy:
 def exact() -> Config:
     """EXACT (Liu et al., ICLR 2022): a random projection to one in eight columns, one block to a row, 2 bits.
 
-    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16; nothing is rebuilt.
+    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16; nothing is rebuilt or standardised.
     """
     return Config(
-        bits=2, nonlinear_bits=2, levels="uniform", metadata="bfloat16", rows_per_block=1, projection=8, rebuild=False
+        bits=2,
+        nonlinear_bits=2,
+        levels="uniform",
+        metadata="bfloat16",
+        rows_per_block=1,
+        projection=8,
+        rebuild=False,
+        standardise=False,
     )
 
 

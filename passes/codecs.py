@@ -72,16 +72,19 @@ class Quantize:
     """A float tensor in `format.bits` bits per element and a minimum and maximum per block.
 
     `columns`: the last dimension is first projected at random to so many columns (EXACT, sec. 3.2); 0: it is not.
+    `standardised`: its columns are first brought to mean 0 and deviation 1, as the norm does that reads them.
     """
 
     format: BlockFormat
     columns: int = 0
+    standardised: bool = False
 
     def __str__(self) -> str:
         kinds = {"uniform": "", "variance-minimising": ", normal levels", "half-normal": ", half-normal levels"}
         levels = kinds.get(self.format.levels, ", fitted levels") if self.format.bits > 1 else ""
         projection = f"projected to {self.columns}, " if self.columns else ""
-        return f"quantize({projection}{self.format.bits} bits, block {self.format.block}{levels})"
+        standardised = ", standardised" if self.standardised else ""
+        return f"quantize({projection}{self.format.bits} bits, block {self.format.block}{standardised}{levels})"
 
     def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
         numel = math.prod(shape)

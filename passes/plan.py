@@ -21,6 +21,7 @@ from .bias import Dependence
 from .codecs import Cast, Codec, Keep, LowRank, Narrow, PackBits, Prune, Quantize, Recompute, SampleRows
 from .find import SavedActivation, dense_order, numel_hint
 from .signs import never_negative
+from .standardise import standard
 
 AVERAGED = 64  # a factor with so many times fewer elements than the activation is an average over its rounding noise
 MOST_OF_SEVERAL_ROWS = 1024  # elements; i-EXACT's published bytes fit no larger blocks
@@ -39,6 +40,7 @@ class Policy:
         rows_per_block: a block is so many rows instead, of at most `MOST_OF_SEVERAL_ROWS` elements (i-EXACT's G/R).
         projection: floats whose rounding biases no gradient are projected at random to `width // projection` columns
             before they are rounded (EXACT's D/R); None: they are not.
+        standardise: what a BatchNorm reads is rounded in the norm's own units.
         method: another codec for those floats than `Quantize`, as its name and its parameter.
         fitted: levels for single activations, by `SavedActivation.key`.
         min_bytes: tensors smaller than this are kept.
@@ -55,6 +57,7 @@ class Policy:
     lossless: bool = True
     rows_per_block: int | None = None
     projection: int | None = None
+    standardise: bool = True
     method: tuple[str, Any] | None = None
     fitted: tuple[tuple[str, str], ...] = ()
     rules: tuple[tuple[str, "Policy"], ...] = ()
@@ -151,7 +154,7 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
     if bits == "auto":
         averaged = _averages(dependence, a)
         bits, how = (4, "a mean over many elements") if averaged else (8, "element by element")
-    return Quantize(fit_format(a, bits, policy)), f"biased through {dependence.op}, {how}"
+    return _quantize(a, bits, policy), f"biased through {dependence.op}, {how}"
 
 
 def _linear(a: SavedActivation, policy: Policy) -> tuple[Codec, str]:
@@ -172,7 +175,13 @@ def _linear(a: SavedActivation, policy: Policy) -> tuple[Codec, str]:
         return Quantize(fit_format(a, policy.bits, policy, columns), columns), (
             "used linearly: every gradient stays unbiased, also through a random projection"
         )
-    return Quantize(fit_format(a, policy.bits, policy)), "used linearly: every gradient stays unbiased"
+    return _quantize(a, policy.bits, policy), "used linearly: every gradient stays unbiased"
+
+
+def _quantize(a: SavedActivation, bits: int, policy: Policy) -> Quantize:
+    contiguous = dense_order(a.value) == list(range(a.value.dim()))
+    standardised = policy.standardise and contiguous and standard(a.node) is not None
+    return Quantize(fit_format(a, bits, policy, signed=standardised), standardised=standardised)
 
 
 def _row_width(a: SavedActivation) -> Any:
@@ -226,11 +235,14 @@ def plane_width(width: Any, planes: int, group: int) -> int:
     return min(near, default=wanted, key=lambda d: (abs(math.log2(d / wanted)) + 1.5 * math.log2(lanes[d] / d), d))
 
 
-def fit_format(a: SavedActivation, bits: int, policy: Policy, columns: int = 0) -> BlockFormat:
-    """The block format of an activation, with `columns` columns after a projection, nearest to the policy's."""
+def fit_format(a: SavedActivation, bits: int, policy: Policy, columns: int = 0, signed: bool = False) -> BlockFormat:
+    """The block format of an activation, with `columns` columns after a projection, nearest to the policy's.
+
+    `signed`: what is rounded has both signs, whatever the activation has.
+    """
     levels = dict(policy.fitted).get(a.key) if bits in EXPLICIT_BITS else None
     if levels is None:
-        levels = _levels(a, bits, columns > 0) if policy.levels == "auto" else policy.levels
+        levels = _levels(a, bits, signed or columns > 0) if policy.levels == "auto" else policy.levels
     width = columns or _row_width(a)
     if policy.rows_per_block is not None and isinstance(width, int) and width > 1:
         rows = max(1, min(policy.rows_per_block, MOST_OF_SEVERAL_ROWS // width))
@@ -238,9 +250,9 @@ def fit_format(a: SavedActivation, bits: int, policy: Policy, columns: int = 0) 
     return block_format(width, bits, policy.block, levels, policy.metadata)
 
 
-def _levels(a: SavedActivation, bits: int, projected: bool) -> Levels:
+def _levels(a: SavedActivation, bits: int, signed: bool) -> Levels:
     """Half a normal's levels for what is never negative; with more bits they gain too little for their many clamps."""
-    if projected or not never_negative(a.node):  # a projection has random signs
+    if signed or not never_negative(a.node):  # a projection has random signs
         return "variance-minimising"
     return "half-normal" if bits == 2 else "uniform"
 

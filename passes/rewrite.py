@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .codecs import Keep, Narrow, Recompute
+from .codecs import Keep, Narrow, Quantize, Recompute
 from .encode import Seeds, encode
 from .find import SavedActivation, dense_order
 from .plan import Choice, Plan
 from .split import Split, call, inherit_origin, is_view
+from .standardise import Standard, standard
 
 aten = torch.ops.aten
 
@@ -39,8 +40,13 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
     activation, value = choice.activation, choice.activation.value
     order = dense_order(value)
     assert order is not None  # find refuses others
-    with _after(split, activation.node, seeds):
-        x = activation.node
+    standardised = None
+    if isinstance(choice.codec, Quantize) and choice.codec.standardised:
+        standardised = standard(activation.node)
+        assert standardised is not None  # plan asked
+    source = activation.node if standardised is None else standardised.result
+    with _after(split, source, seeds):
+        x = source
         if order != list(range(value.dim())):
             x = call(split.forward.graph, aten.permute.default, x, order, like=x)
         encoded, decode = encode(split, choice.codec, x, seeds)
@@ -52,7 +58,9 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
     for users in _uses_apart(old):
         with split.backward.graph.inserting_before(_first_use(old, users)):
             decoded = decode(inputs, lambda: [split.size_in_backward(value.shape[d]) for d in order])
-            if x is not activation.node:
+            if standardised is not None:
+                decoded = _unstandardised(split, decoded, standardised, value.dtype)
+            if x is not source:
                 back = [order.index(d) for d in range(value.dim())]
                 decoded = call(split.backward.graph, aten.permute.default, decoded, back)
         inherit_origin(decoded, old)
@@ -60,6 +68,14 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
         for user in users:
             user.replace_input_with(old, decoded)
     split.drop(old)
+
+
+def _unstandardised(split: Split, decoded: fx.Node, by: Standard, dtype: torch.dtype) -> fx.Node:
+    """`decoded / scale + shift` in backward."""
+    graph, here = split.backward.graph, dict(split.pairs)
+    scale, shift = (here.get(n) or split.save(n, f"{n.name}_by_column") for n in (by.scale, by.shift))
+    back = call(graph, aten.add.Tensor, call(graph, aten.div.Tensor, decoded, scale), shift)
+    return back if dtype is torch.float32 else call(graph, torch.ops.prims.convert_element_type.default, back, dtype)
 
 
 def _uses_apart(placeholder: fx.Node) -> list[list[fx.Node]]:

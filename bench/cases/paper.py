@@ -52,7 +52,7 @@ class Problem:
 PROBLEMS = (
     Problem(Trial("ogbn-arxiv", epochs=100, clip=0.5), 3),
     Problem(Trial("flickr", hidden=256, layers=2, dropout=0.3, epochs=50, clip=0.5), 3),
-    Problem(Trial("arxiv-shaped", epochs=10, clip=0.5), 2),
+    Problem(Trial("arxiv-shaped", epochs=8, clip=0.5), 2),
     Problem(Trial("cora", epochs=40, clip=0.5), 3),
     Problem(Trial("pubmed", epochs=30, clip=0.5), 3),
     Problem(Trial("minesweeper", epochs=40, clip=0.5), 2),

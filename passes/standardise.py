@@ -1,0 +1,55 @@
+"""Which saved activations a BatchNorm standardises, so that they can be rounded in its units.
+
+The columns of a norm's input differ in mean and deviation. A block goes across columns, so the widest of them sets the
+step for all, and the norm then magnifies the noise of the narrow ones by their own small deviation. What the norm
+itself computes, `(x - mean) / deviation`, has columns alike. It is there in forward, and backward has the mean and the
+deviation of each column, exact: so that is encoded, and `x` made from it again. An affine map: what is unbiased for the
+one is so for the other.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from . import _torch
+from .split import is_tensor
+
+aten = torch.ops.aten
+CAST = torch.ops.prims.convert_element_type.default
+
+
+@dataclass(frozen=True)
+class Standard:
+    """`result = (x - shift) * scale`, all nodes of forward; shift and scale have one element for each column of `x`."""
+
+    result: fx.Node
+    shift: fx.Node
+    scale: fx.Node
+
+
+def standard(node: fx.Node) -> Standard | None:
+    """The standardised form of a node that forward computes anyway, or None."""
+    casts = [user for user in node.users if user.target is CAST and user.meta["val"].dtype is torch.float32]
+    for x in (node, *casts):
+        for centred in x.users:
+            if centred.target is not aten.sub.Tensor or centred.args[0] is not x:
+                continue
+            shift = centred.args[1]
+            for result in centred.users:
+                if result.target is aten.mul.Tensor and result.args[0] is centred:
+                    scale = result.args[1]
+                    if _by_column(shift, x) and _by_column(scale, x) and scale.target is aten.rsqrt.default:  # type: ignore[union-attr]
+                        return Standard(result, shift, scale)  # type: ignore[arg-type]
+    return None
+
+
+def _by_column(value: object, x: fx.Node) -> bool:
+    """Whether a value has one float32 for each element of the last of several dimensions of `x`."""
+    if not isinstance(value, fx.Node) or not is_tensor(value):
+        return False
+    shape, given = x.meta["val"].shape, value.meta["val"]
+    if len(shape) < 2 or given.dim() < 1 or given.dtype is not torch.float32 or given.dim() > len(shape):
+        return False
+    alone = all(_torch.known_true(size == 1) for size in given.shape[:-1])
+    return alone and _torch.known_true(given.shape[-1] == shape[-1])
