@@ -1,0 +1,130 @@
+"""What a BatchNorm reads is rounded in its own units: where, and what that is worth."""
+
+import pytest
+import torch
+from torch import nn
+
+import actcompile
+from actcompile.passes.standardise import standard
+from tests.helpers import FAST, assert_close, gnn, graph, step, uncompressed
+
+TWO = {**FAST, "bits": 2, "nonlinear_bits": 2}
+EIGHT = {**FAST, "bits": 8, "nonlinear_bits": 8}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def codecs(model, *inputs, **options):
+    graphs = actcompile.explain(model, *inputs, options={**FAST, **options}).graphs
+    return {row.name: row.codec for g in graphs for row in g.rows if row.codec.startswith("quantize")}
+
+
+class Normed(nn.Module):
+    """A layer whose columns have deviations near `scale` and means near `shift`, a norm, a layer."""
+
+    def __init__(self, norm, scale=1.0, shift=0.0):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(16, 32), norm, nn.Linear(32, 4)
+        with torch.no_grad():
+            self.first.weight.mul_(torch.as_tensor(scale).expand(32)[:, None])
+            self.first.bias.add_(shift)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)).relu())
+
+
+def test_the_norm_s_input_and_nothing_else_of_a_gnn():
+    found = codecs(gnn("sage"), *graph())
+    assert [name for name, codec in found.items() if "standardised" in codec] == ["add"]
+    assert not any("standardised" in codec for codec in codecs(gnn("sage"), *graph(), standardise=False).values())
+    assert not any("standardised" in codec for codec in codecs(gnn("sage"), *graph(), preset="exact").values())
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.Identity()], ids=["by row", "none"])
+def test_no_other_norm(norm):
+    assert not any("standardised" in codec for codec in codecs(Normed(norm), torch.randn(64, 16)).values())
+
+
+def test_running_statistics_are_no_standard():
+    found = codecs(Normed(nn.BatchNorm1d(32)).eval(), torch.randn(64, 16))
+    assert found and not any("standardised" in codec for codec in found.values())
+
+
+def test_the_form_is_the_norm_s_own():
+    seen = []
+
+    def transform(split):
+        for node in split.forward.graph.nodes:
+            if (form := standard(node)) is not None:
+                seen.append((node, form))
+
+    uncompressed(Normed(nn.BatchNorm1d(32)), transform)(torch.randn(64, 16))
+    ((node, form),) = seen
+    assert node.meta["val"].shape == form.result.meta["val"].shape == (64, 32)
+    assert form.shift.meta["val"].numel() == form.scale.meta["val"].numel() == 32
+    assert form.result.args[0].args == (node, form.shift) and form.result.args[1] is form.scale
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_columns_of_any_scale_keep_their_gradients(dynamic):
+    """At 8 bits, with columns whose deviations span four orders of magnitude, and whose means are larger still."""
+    model = Normed(nn.BatchNorm1d(32), 10 ** torch.linspace(-2, 2, 32), 10 ** torch.linspace(2, -1, 32))
+    x = torch.randn(256, 16)
+    parameters = list(model.parameters())[2:]  # a bias before BatchNorm has a gradient of zero
+    exact = step(uncompressed(model, dynamic=dynamic), [x], parameters)
+
+    def rounded(**options):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="actcompile", options={**EIGHT, **options}, dynamic=dynamic)
+        return step(compiled, [x], parameters)
+
+    assert_close(rounded(), exact, 0.03)
+    with pytest.raises(AssertionError):
+        assert_close(rounded(standardise=False), exact, 0.3)
+
+
+def test_statistics_that_torch_does_not_save_are_saved():
+    def function(x, w):
+        h = x @ w
+        variance, mean = torch.var_mean(h, 0, correction=0, keepdim=True)
+        seen = ((h - mean) * torch.rsqrt(variance + 1e-5)).detach()
+        return (h * h).sum(1), seen.amax(0)
+
+    x, w = torch.randn(64, 16), torch.randn(16, 32, requires_grad=True)
+    exact = step(uncompressed(function), [x, w], [w])
+    torch._dynamo.reset()
+    assert any("standardised" in codec for codec in codecs(function, x, w, **EIGHT).values())
+    torch._dynamo.reset()
+    assert_close(step(torch.compile(function, backend="actcompile", options=EIGHT), [x, w], [w]), exact, 0.01)
+
+
+def test_in_bfloat16():
+    model = Normed(nn.BatchNorm1d(32))
+    x = torch.randn(32, 16)
+
+    def cast(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).float()
+
+    parameters = list(model.parameters())[2:]
+    exact = step(uncompressed(cast), [x], parameters)
+    torch._dynamo.reset()
+    ours = step(torch.compile(cast, backend="actcompile", options=EIGHT), [x], parameters)
+    assert_close(ours, exact, 0.05)
+
+
+def test_infinities_still_show():
+    model = Normed(nn.BatchNorm1d(32))
+    x = torch.randn(64, 16)
+    x[3, 2] = float("inf")
+    gradients = step(torch.compile(model, backend="actcompile", options=TWO), [x], model.parameters())[1:]
+    assert not torch.isfinite(gradients[0]).all()
+
+
+def test_the_field_is_checked():
+    with pytest.raises(TypeError, match="standardise must be True or False, got 1"):
+        actcompile.Config(standardise=1)
