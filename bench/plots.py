@@ -87,7 +87,7 @@ def scatters(
     for row in axes:
         row[0].set_ylabel(y_label, fontsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, bbox_to_anchor=(0.5, -0.03))
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, bbox_to_anchor=(0.5, -0.07))
     save(figure, path, title)
 
 

@@ -132,7 +132,11 @@ def their_bytes(name: str, trial: Trial, graph: NodeTask, saved: int) -> float:
 
 
 def _paired(options: Options, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Seconds of a step of the arxiv network, each variant alternating with EXACT; kept from an earlier run."""
+    """Seconds of a step of the arxiv network, each variant alternating with EXACT; kept from an earlier run.
+
+    With `--steps 0` nothing is timed.
+    """
+    steps = 11 if options.steps is None else options.steps
     path = options.out / NAME / "paired.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     workload = Workload(hidden=128)
@@ -142,8 +146,8 @@ def _paired(options: Options, names: Sequence[str]) -> dict[str, dict[str, Any]]
     if known.get("settings") != settings:
         known = {"settings": settings, "variants": {}}
     todo = [n for n in (FULL, *TIMED[1:]) if n in names and n not in known["variants"]]
-    if todo and "exact" in names:
-        made = alternate(workload, "exact", todo, options.steps or 11)
+    if todo and steps and "exact" in names:
+        made = alternate(workload, "exact", todo, steps)
         known["variants"] |= {n: t for n, t in made.items() if "error" not in t}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=1) + "\n")
