@@ -1,10 +1,12 @@
 """Inductor lowerings of the decoding ops on the CPU: `dequantize` and `unpack_bits`, each as one loop body.
 
-Where the tensor does not fill its groups, whole groups are decoded and the tensor is a view of them: a loop over its
-own elements would have to divide for every index, and would not vectorise.
+Where the tensor fills its groups, the loop is over groups, planes and words. Where the last group is not full, but a
+group is made of whole rows, and a row of whole planes or a plane of whole rows, it is over rows: no division is left in
+its inner loop, so it vectorises and fuses into what reads it. Else whole groups are decoded into memory, and the tensor
+is a view of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,8 +43,11 @@ def dequantize_loop(words: Any, low: Any, high: Any, size: Sequence[Any], dtype:
         group, position = index
         return element(group, _torch.FloorDiv(position, fmt.words), _torch.ModularIndexing(position, 1, fmt.words))
 
+    full = fmt.planes * fmt.words == fmt.group
+    if full and (rows := _by_rows(words, dtype, size, fmt.planes, fmt.words, element)) is not None:
+        return rows
     groups = words.get_size()[0]
-    if fmt.planes * fmt.words == fmt.group:
+    if full:
         decoded = pointwise(words, dtype, [groups, fmt.planes, fmt.words], lambda index: element(*index))
     else:
         decoded = pointwise(words, dtype, [groups, fmt.group], slot)
@@ -54,13 +59,52 @@ def unpack_bits_loop(packed: Any, size: Sequence[Any]) -> Any:
     load = packed.make_loader()
     groups, words = packed.get_size()
 
-    def bit(index: Sequence[Any]) -> Value:
-        group, plane, word = index
+    def bit(group: Any, plane: Any, word: Any) -> Value:
         shift = Value(ops.index_expr(plane, int32), int32)
         field = (bitcast(Value(load([group, word]), float32), int32) >> shift) & 1
         return Value(ops.ne(field.value, ops.constant(0, int32)), torch.bool)
 
-    return _shaped(pointwise(packed, torch.bool, [groups, 32, words], bit), size, 32 * words)
+    rows = _by_rows(packed, torch.bool, size, 32, words, bit)
+    if rows is not None:
+        return rows
+    return _shaped(pointwise(packed, torch.bool, [groups, 32, words], lambda index: bit(*index)), size, 32 * words)
+
+
+def _by_rows(
+    like: Any, dtype: torch.dtype, size: Sequence[Any], planes: int, words: Any, element: Callable[..., Value]
+) -> Any:
+    """A tensor of shape `size` that does not fill its groups, as a loop over its rows; None where these do not fit."""
+    words, width = int(words), size[-1] if size else 1
+    group = planes * words
+    numel = _torch.sympy.prod(size)
+    if (
+        fills(numel, group)
+        or not getattr(width, "is_Integer", isinstance(width, int))
+        or not width
+        or group % int(width)
+    ):
+        return None
+    width, per_group = int(width), group // int(width)
+    rows = _torch.sympy.prod(size[:-1])
+
+    def by_planes(index: Sequence[Any]) -> Value:
+        row, plane, word = index
+        first = _torch.ModularIndexing(row, 1, per_group) * (width // words)
+        return element(_torch.FloorDiv(row, per_group), first + plane, word)
+
+    def in_planes(index: Sequence[Any]) -> Value:
+        row, column = index
+        plane = _torch.FloorDiv(_torch.ModularIndexing(row, 1, per_group), words // width)
+        word = _torch.ModularIndexing(row, 1, words // width) * width + column
+        return element(_torch.FloorDiv(row, per_group), plane, word)
+
+    if width % words == 0:
+        decoded = pointwise(like, dtype, [rows, width // words, words], by_planes)
+    elif words % width == 0:
+        decoded = pointwise(like, dtype, [rows, width], in_planes)
+    else:
+        return None
+    return _torch.lowerings[aten.view.default](decoded, list(size))
 
 
 def _shaped(decoded: Any, size: Sequence[Any], group: Any) -> Any:
