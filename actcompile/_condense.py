@@ -126,6 +126,8 @@ def crossings(graph: "GraphReport") -> list[Crossing]:
             if node not in rows and short(forward[node].op) == "permute" and forward[node].inputs:
                 node = forward[node].inputs[0]  # brought into memory order first
             carried = by_encoder.pop(encoder)
+            if node not in rows:  # standardised first: the activation is what the placeholders are named after
+                node = carried[0].rpartition("_words")[0]
             made.append(Crossing(node, encoder, decoders[carried[0]], tuple(carried), rows.get(node)))
             done.add(node)
         elif output in rows and output not in done:
