@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", default=[], help="only these graphs, in cases that have several")
     parser.add_argument("--steps", type=int, help="timed steps per variant")
     parser.add_argument("--seeds", type=int, help="seeds of statistical cases")
+    parser.add_argument("--recorded", action="store_true", help="paper: tabulate the runs on record, make none")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     given = parser.parse_args(arguments)
     console = Console()
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"[bold]{case.name:12}[/bold] {case.title}")
         return 0
     default = cache_folder() / "bench-quick" if given.quick else Path(__file__).parent / "results"
-    options = Options(given.out or default, given.quick, given.variants, given.data, given.steps, given.seeds, console)
+    options = Options(
+        given.out or default, given.quick, given.variants, given.data, given.steps, given.seeds, given.recorded, console
+    )
     failed = False
     for name in CASES if "all" in given.cases else given.cases:
         console.rule(f"{name}: {CASES[name].title}")

@@ -15,7 +15,8 @@ class Options:
     """What the command line hands to every case.
 
     quick: a tiny problem that shows that the case works, its numbers mean nothing. variants, data: which of them to
-    run, all when empty. steps and seeds: None for the case's own number. out: the folder of results.
+    run, all when empty. steps and seeds: None for the case's own number. out: the folder of results. recorded: of cases
+    that keep a record of runs, only what is in it.
     """
 
     out: Path
@@ -24,6 +25,7 @@ class Options:
     data: Sequence[str] = ()
     steps: int | None = None
     seeds: int | None = None
+    recorded: bool = False
     console: Console = field(default_factory=Console)
 
     def pick(self, names: Sequence[str]) -> list[str]:

@@ -81,8 +81,16 @@ def run(options: Options) -> dict[str, Any]:
             found[trial.data] = {}
             for name in names:
                 bar.update(task, description=f"{trial.data}, {name}")
-                made = runs(trial, name, seeds, record, lambda: bar.advance(task))
-                found[trial.data][name] = summary(made, trial, graph, name)
+                if options.recorded:
+                    known = record.known(trial.key(name))
+                    made = [known[seed] for seed in seeds if seed in known]
+                    bar.advance(task, len(seeds))
+                else:
+                    made = runs(trial, name, seeds, record, lambda: bar.advance(task))
+                if made:
+                    found[trial.data][name] = summary(made, trial, graph, name)
+            if not found[trial.data]:
+                del found[trial.data]
     paired = _paired(options, names)
     for data, variants in found.items():
         _print(options, problems[data].trial, variants)
@@ -136,7 +144,7 @@ def _paired(options: Options, names: Sequence[str]) -> dict[str, dict[str, Any]]
 
     With `--steps 0` nothing is timed.
     """
-    steps = 11 if options.steps is None else options.steps
+    steps = 0 if options.recorded else 11 if options.steps is None else options.steps
     path = options.out / NAME / "paired.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     workload = Workload(hidden=128)
