@@ -75,7 +75,7 @@ def run(options: Options) -> dict[str, Any]:
             try:
                 graph = trial.task()
             except DataUnavailable as reason:
-                skipped[trial.data] = str(reason)
+                skipped[trial.data] = str(reason).replace(str(Path.home()), "~")
                 bar.advance(task, len(names) * len(seeds))
                 continue
             found[trial.data] = {}
