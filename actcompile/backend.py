@@ -16,9 +16,10 @@ import actcompile.kernels
 import actcompile.passes
 from actcompile.passes import _torch, loops_decode, loops_encode  # noqa: F401  register the ops' lowerings
 from actcompile.passes.bias import bias
+from actcompile.passes.commute import Commuted, commute
 from actcompile.passes.find import SavedActivation, find, module_path
 from actcompile.passes.masks import masks
-from actcompile.passes.plan import Plan, plan
+from actcompile.passes.plan import Plan, Policy, plan
 from actcompile.passes.rebuild import Rebuilt, rebuild
 from actcompile.passes.rewrite import rewrite
 from actcompile.passes.split import Split
@@ -48,12 +49,12 @@ def partition(
     split = cut(joint, inputs, num_fwd_outputs, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
     saved_by_torch = find(split)
-    chosen, rebuilt = decide(split, config)
+    chosen, spared = decide(split, config)
     rewrite(split, chosen)
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, rebuilt, config.inner)
+    report = record(split, chosen, saved_by_torch, spared, config.inner)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
@@ -69,22 +70,28 @@ def cut(joint: fx.GraphModule, inputs: Sequence[object], num_fwd_outputs: int, *
     return Split(forward, backward, num_fwd_outputs, parameters)
 
 
-def decide(split: Split, config: Config) -> tuple[Plan, list[Rebuilt]]:
+def decide(split: Split, config: Config) -> tuple[Plan, list[Rebuilt | Commuted]]:
     """Chooses how each saved activation is kept; nothing of the gradients is lost yet.
 
-    Changes what is saved: masks that act together become one, and what backward can compute from other saved values is
-    rebuilt there; the latter is returned, too.
+    Changes what is saved: masks that act together become one, and what backward can do without is not saved; the latter
+    is returned, too.
     """
     policy = config.policy()
+
+    def kind(node: fx.Node) -> Policy:
+        return policy.for_module(module_path(node))
+
     masks(split, kept=[a.placeholder for a in find(split) if not policy.for_module(a.module).lossless])
     activations = find(split)
-    rebuilt: list[Rebuilt] = []
+    spared: list[Rebuilt | Commuted] = []
     if config.rebuild:
-        wanted = [a for a in activations if a.refusal is None and policy.for_module(a.module).wants(a)]
-        kind = lambda node: policy.for_module(module_path(node))  # noqa: E731
-        rebuilt = rebuild(split, wanted, bias(split.backward.graph, _floats(activations)), kind)
+        wanted = [a for a in activations if a.refusal is None and kind(a.node).wants(a)]
+        spared += commute(split, [a for a in wanted if kind(a.node).bits is not None], kind)
         activations = find(split)
-    return plan(activations, bias(split.backward.graph, _floats(activations)), policy), rebuilt
+        wanted = [a for a in activations if a.refusal is None and kind(a.node).wants(a)]
+        spared += rebuild(split, wanted, bias(split.backward.graph, _floats(activations)), kind)
+        activations = find(split)
+    return plan(activations, bias(split.backward.graph, _floats(activations)), policy), spared
 
 
 def _floats(activations: Sequence[SavedActivation]) -> list[fx.Node]:

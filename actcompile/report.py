@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from actcompile.passes.codecs import EXACT, UNBIASED, Keep, Recompute
+from actcompile.passes.commute import Commuted
 from actcompile.passes.find import SavedActivation
 from actcompile.passes.plan import Choice, Plan
 from actcompile.passes.rebuild import Rebuilt
@@ -156,18 +157,22 @@ def _write(text: str, path: str | Path | None) -> str:
 
 
 def record(
-    split: Split, plan: Plan, saved_before: Iterable[SavedActivation], rebuilt: Iterable[Rebuilt], inner: str
+    split: Split,
+    plan: Plan,
+    saved_before: Iterable[SavedActivation],
+    spared: Iterable[Rebuilt | Commuted],
+    inner: str,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
 
     Args:
         saved_before: what torch's own partition saved, before any pass of ours.
-        rebuilt: what backward computes from other saved activations.
+        spared: what is not saved any more, since backward does without it.
     """
-    bases = {r.activation.node.name: ", ".join(r.bases) for r in rebuilt}
+    without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
     rows = [_row(c, before.pop(c.activation.node.name, None)) for c in plan.choices]
-    rows += [_dropped(a, bases.get(a.node.name)) for a in before.values()]
+    rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
     return GraphReport(
         rows=tuple(sorted(rows, key=lambda r: -r.bytes_before)),
         forward=split.forward.print_readable(print_output=False, include_stride=False),
@@ -192,11 +197,11 @@ def _row(choice: Choice, before: SavedActivation | None) -> Row:
     )
 
 
-def _dropped(a: SavedActivation, bases: str | None) -> Row:
+def _dropped(a: SavedActivation, spared: Rebuilt | Commuted | None) -> Row:
     if a.refusal is not None:
         codec, reason = str(Keep()), a.refusal
-    elif bases is not None:
-        codec, reason = str(Recompute()), f"backward computes it from {bases or 'inputs and masks'}, kept anyway"
+    elif spared is not None:
+        codec, reason = str(Recompute()) if isinstance(spared, Rebuilt) else "drop", spared.reason
     else:
         codec, reason = "drop", "backward asked only for a mask, which is saved instead"
     return Row(**_facts(a), bytes_before=a.nbytes, bytes_after=0, codec=codec, biased=None, through="", reason=reason)

@@ -17,7 +17,7 @@ from torch import fx
 
 from .bias import Dependence
 from .find import SavedActivation, module_path, numel_hint
-from .split import Split, call, is_tensor, is_view
+from .split import Split, call, is_tensor, is_view, writes
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -38,6 +38,10 @@ class Rebuilt:
 
     activation: SavedActivation
     bases: tuple[str, ...]  # the large ones, by `SavedActivation.key`
+
+    @property
+    def reason(self) -> str:
+        return f"backward computes it from {', '.join(self.bases) or 'inputs and masks'}, kept anyway"
 
 
 @dataclass
@@ -106,6 +110,16 @@ def rebuild(
     return made
 
 
+def computable(split: Split, node: fx.Node) -> bool:
+    """Whether backward could compute a node of forward from what is saved."""
+    saved = {n: p for n, p in split.pairs if is_tensor(n)}
+    try:
+        expression = _express(node, saved)
+    except _NotFound:
+        return False
+    return len(expression.nodes) <= LONGEST and _saved_masks(expression.masks, saved) is not None
+
+
 class _Reach:
     """Which outputs of backward depend on a placeholder."""
 
@@ -135,7 +149,7 @@ def _express(node: fx.Node, saved: Mapping[fx.Node, fx.Node]) -> _Expression:
     Raises:
         _NotFound: there is none.
     """
-    if node.op == "placeholder" and any(_writes(user) for user in node.users):
+    if node.op == "placeholder" and any(writes(user) for user in node.users):
         raise _NotFound(node)  # backward would read what forward left in it
     if node in saved or node.op == "placeholder":
         return _Expression({node})
@@ -283,10 +297,6 @@ def _is_whole(node: fx.Node) -> bool:
     if node.target is not aten.full.default or node.all_input_nodes:
         return False
     return isinstance(node.args[1], (int, float)) and float(node.args[1]).is_integer()
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _is_bool(node: object) -> bool:

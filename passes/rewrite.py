@@ -71,10 +71,17 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
 
 
 def _unstandardised(split: Split, decoded: fx.Node, by: Standard, dtype: torch.dtype) -> fx.Node:
-    """`decoded / scale + shift` in backward."""
+    """`decoded / scale + sum(plus) - sum(minus)` in backward."""
     graph, here = split.backward.graph, dict(split.pairs)
-    scale, shift = (here.get(n) or split.save(n, f"{n.name}_by_column") for n in (by.scale, by.shift))
-    back = call(graph, aten.add.Tensor, call(graph, aten.div.Tensor, decoded, scale), shift)
+
+    def column(node: fx.Node) -> fx.Node:
+        return here.get(node) or split.save(node, f"{node.name}_by_column")
+
+    back = call(graph, aten.div.Tensor, decoded, column(by.scale))
+    for shift in by.plus:
+        back = call(graph, aten.add.Tensor, back, column(shift))
+    for shift in by.minus:
+        back = call(graph, aten.sub.Tensor, back, column(shift))
     return back if dtype is torch.float32 else call(graph, torch.ops.prims.convert_element_type.default, back, dtype)
 
 

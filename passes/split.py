@@ -168,6 +168,11 @@ def is_view(node: fx.Node) -> bool:
     return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether a node may write into one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def root(node: fx.Node) -> fx.Node:
     """The node whose memory `node` is a view of: itself, unless it is a view."""
     while is_view(node) and isinstance(node.args[0], fx.Node):

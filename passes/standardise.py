@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import _torch
-from .split import is_tensor
+from .split import is_tensor, root
 
 aten = torch.ops.aten
 CAST = torch.ops.prims.convert_element_type.default
@@ -21,26 +21,53 @@ CAST = torch.ops.prims.convert_element_type.default
 
 @dataclass(frozen=True)
 class Standard:
-    """`result = (x - shift) * scale`, all nodes of forward; shift and scale have one element for each column of `x`."""
+    """`x = result / scale + sum(plus) - sum(minus)`, all nodes of forward.
+
+    Scale, and each of plus and minus, has one element for each column of `x`.
+    """
 
     result: fx.Node
-    shift: fx.Node
     scale: fx.Node
+    plus: tuple[fx.Node, ...] = ()
+    minus: tuple[fx.Node, ...] = ()
 
 
 def standard(node: fx.Node) -> Standard | None:
-    """The standardised form of a node that forward computes anyway, or None."""
-    casts = [user for user in node.users if user.target is CAST and user.meta["val"].dtype is torch.float32]
-    for x in (node, *casts):
-        for centred in x.users:
-            if centred.target is not aten.sub.Tensor or centred.args[0] is not x:
-                continue
-            shift = centred.args[1]
-            for result in centred.users:
-                if result.target is aten.mul.Tensor and result.args[0] is centred:
-                    scale = result.args[1]
-                    if _by_column(shift, x) and _by_column(scale, x) and scale.target is aten.rsqrt.default:  # type: ignore[union-attr]
-                        return Standard(result, shift, scale)  # type: ignore[arg-type]
+    """The standardised form of a node that forward computes anyway, or None.
+
+    The node may be the norm's input; or that before a bias is added, as where a layer aggregates last; or the input
+    less its mean, which torch prefers to save where it saves what ReLU has passed, too.
+    """
+    for user in node.users:
+        if user.target is CAST and user.meta["val"].dtype is torch.float32 and (form := _normed(user)) is not None:
+            return form
+        if (
+            user.target is aten.add.Tensor
+            and not user.kwargs
+            and user.args[0] is node
+            and _by_column(user.args[1], node)
+        ):
+            form = _normed(user)
+            if form is not None:
+                return Standard(form.result, form.scale, form.plus, (user.args[1],))  # type: ignore[arg-type]
+    if node.target is aten.sub.Tensor and isinstance(node.args[0], fx.Node):
+        form = _normed(node.args[0])
+        if form is not None and isinstance(node.args[1], fx.Node) and root(node.args[1]) is root(form.plus[0]):
+            return Standard(form.result, form.scale)
+    return _normed(node)
+
+
+def _normed(x: fx.Node) -> Standard | None:
+    """That of `x`, from `(x - mean) * rsqrt(...)`."""
+    for centred in x.users:
+        if centred.target is not aten.sub.Tensor or centred.args[0] is not x:
+            continue
+        shift = centred.args[1]
+        for result in centred.users:
+            if result.target is aten.mul.Tensor and result.args[0] is centred:
+                scale = result.args[1]
+                if _by_column(shift, x) and _by_column(scale, x) and scale.target is aten.rsqrt.default:  # type: ignore[union-attr]
+                    return Standard(result, scale, (shift,))  # type: ignore[arg-type]
     return None
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch_geometric.nn import GCNConv, SAGEConv
 
 import actcompile
 from actcompile.passes.standardise import standard
@@ -44,6 +45,37 @@ def test_the_norm_s_input_and_nothing_else_of_a_gnn():
     assert not any("standardised" in codec for codec in codecs(gnn("sage"), *graph(), preset="exact").values())
 
 
+class WithoutDropout(nn.Module):
+    """Two layers of PyG's with a norm between them: torch saves what ReLU has passed."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.first, self.norm, self.last = layer(16, 32), nn.BatchNorm1d(32), layer(32, 4)
+
+    def forward(self, x, edge_index):
+        return self.last(self.norm(self.first(x, edge_index)).relu(), edge_index)
+
+
+@pytest.mark.parametrize(
+    "layer, name",
+    [
+        pytest.param(lambda i, o: GCNConv(i, o, add_self_loops=False), "scatter_add_1", id="less a bias"),
+        pytest.param(SAGEConv, "sub_1", id="less its mean"),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_what_is_saved_may_be_the_norm_s_input_less_one_number_a_column(layer, name, dynamic):
+    model, inputs = WithoutDropout(layer), graph()
+    parameters = [p for n, p in model.named_parameters() if not n.startswith("first") or n.endswith("weight")]
+    exact = step(uncompressed(model, dynamic=dynamic), inputs, parameters)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="actcompile", options=EIGHT, dynamic=dynamic)
+    assert_close(step(compiled, inputs, parameters), exact, 0.02)
+    if not dynamic:
+        torch._dynamo.reset()
+        assert [n for n, codec in codecs(model, *inputs).items() if "standardised" in codec] == [name]
+
+
 @pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.Identity()], ids=["by row", "none"])
 def test_no_other_norm(norm):
     assert not any("standardised" in codec for codec in codecs(Normed(norm), torch.randn(64, 16)).values())
@@ -63,10 +95,11 @@ def test_the_form_is_the_norm_s_own():
                 seen.append((node, form))
 
     uncompressed(Normed(nn.BatchNorm1d(32)), transform)(torch.randn(64, 16))
-    ((node, form),) = seen
+    (node, form), *_ = seen  # then the centred input
     assert node.meta["val"].shape == form.result.meta["val"].shape == (64, 32)
-    assert form.shift.meta["val"].numel() == form.scale.meta["val"].numel() == 32
-    assert form.result.args[0].args == (node, form.shift) and form.result.args[1] is form.scale
+    (mean,) = form.plus
+    assert mean.meta["val"].numel() == form.scale.meta["val"].numel() == 32 and not form.minus
+    assert form.result.args[0].args == (node, mean) and form.result.args[1] is form.scale
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
