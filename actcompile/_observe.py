@@ -1,6 +1,7 @@
 """Look at saved activations while a model trains: which tensors our plan would round, and what is in them.
 
-The model runs through the pipeline up to the plan and is not rewritten, so outputs and gradients are exact.
+The model runs through the pipeline up to the plan and nothing is rounded: outputs are exact, and gradients up to the
+order in which floats are added.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from actcompile.passes import _torch
 from actcompile.passes.codecs import Quantize
 from actcompile.passes.find import dense_order
 from actcompile.passes.plan import Choice
-from actcompile.passes.standardise import standard
+from actcompile.passes.standardise import columns_alike, standard
 
 from . import _trace
 from .backend import cut, decide
@@ -78,9 +79,9 @@ def observed(
 
 
 def _encoded(choice: Choice) -> fx.Node:
-    """The forward node whose value is cut into blocks."""
+    """The forward node whose value is cut into blocks, or the activation where forward does not compute that."""
     found = standard(choice.activation.node) if choice.codec.standardised else None  # type: ignore[union-attr]
-    return found.result if found else choice.activation.node
+    return found.result if found and found.result.users else choice.activation.node
 
 
 class _Partitioner(_torch.CustomPartitionerFn):
@@ -107,6 +108,8 @@ class _Observer(fx.Interpreter):
         value = super().run_node(n)
         choice = self.watched.get(n.name)
         if choice is not None:
-            order = dense_order(choice.activation.value)
-            self.look(choice, value.detach() if order is None else value.detach().permute(order))
+            seen, order = value.detach(), dense_order(choice.activation.value)
+            if choice.codec.standardised and n.name == choice.activation.node.name:  # type: ignore[union-attr]
+                seen = columns_alike(seen)
+            self.look(choice, seen if order is None else seen.permute(order))
         return value

@@ -23,6 +23,7 @@ from actcompile.passes.plan import Plan, Policy, plan
 from actcompile.passes.rebuild import Rebuilt, rebuild
 from actcompile.passes.rewrite import rewrite
 from actcompile.passes.split import Split
+from actcompile.passes.standardise import offer
 from actcompile.passes.verify import verify
 
 from . import _log, _report_cache
@@ -91,6 +92,7 @@ def decide(split: Split, config: Config) -> tuple[Plan, list[Rebuilt | Commuted]
         wanted = [a for a in activations if a.refusal is None and kind(a.node).wants(a)]
         spared += rebuild(split, wanted, bias(split.backward.graph, _floats(activations)), kind)
         activations = find(split)
+    offer(split, activations, lambda a: kind(a.node).standardise and a.refusal is None and kind(a.node).wants(a))
     return plan(activations, bias(split.backward.graph, _floats(activations)), policy), spared
 
 

@@ -86,10 +86,10 @@ class Config:
         projection: floats used linearly are first projected at random to one in `projection` columns (EXACT's D/R).
         method: another codec for floats used linearly: `prune(8)`, `low_rank(8)`, `sample_rows(8)`; or for all floats:
             `cast("float8_e4m3fn")`. `bits` still holds for what a method does not fit.
-        rebuild: what backward can compute from other saved values, such as the result of BatchNorm, ReLU and dropout
-            from the norm's input, is not saved.
-        standardise: what a BatchNorm reads is rounded in the norm's own units, so that no column has more noise for its
-            width than another.
+        rebuild: what backward can do without is not saved: the result of BatchNorm, ReLU and dropout, which it computes
+            from the norm's input; a layer's aggregate, where it can aggregate the gradient instead.
+        standardise: what a BatchNorm reads, or a linear layer returns, is rounded after each column was brought to mean
+            0 and deviation 1, so that no column has more noise for its width than another.
         fitted: levels fitted to single activations, as `calibrate` returns them.
         levels: "uniform", "variance-minimising" for normal values, "half-normal" for those that ReLU has passed, or
             "auto", which takes the latter for what is never negative.
@@ -231,11 +231,11 @@ def iexact(group: int = 8, levels: Levels = "uniform") -> Config:
 
 
 def smallest() -> Config:
-    """Half of i-EXACT's smallest bytes for its network: what can be rebuilt is, BatchNorm's input has 1 bit.
+    """Half of i-EXACT's smallest bytes for its network: BatchNorm's input has 1 bit, all else is projected as in EXACT.
 
-    All else is projected to one in sixteen columns. Gradients are noisier than with any of the papers' settings.
+    A step's gradients are noisy, if less so than those of EXACT or i-EXACT.
     """
-    return Config(bits=2, nonlinear_bits=1, metadata="bfloat16", rows_per_block=64, projection=16)
+    return Config(bits=2, nonlinear_bits=1, metadata="bfloat16", rows_per_block=2, projection=8)
 
 
 GROUPS = (2, 4, 8, 16, 32, 64)

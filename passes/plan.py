@@ -6,7 +6,7 @@ and returns the same `Plan`.
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,13 +114,14 @@ def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, D
         policy: bits, block, levels and per-module rules.
     """
     choices = []
+    saved = {activation.node for activation in activations}
     for activation in activations:
         dependence = dependences.get(activation.placeholder)
         codec, reason = choose(activation, dependence, policy.for_module(activation.module))
         if isinstance(codec, Keep):
             nbytes = activation.nbytes
         else:
-            nbytes = codec.nbytes(activation.shape, activation.value.dtype)
+            nbytes = codec.nbytes(activation.shape, activation.value.dtype) + _statistics(codec, activation, saved)
         if nbytes >= activation.nbytes and not isinstance(codec, Keep):
             codec, nbytes, reason = Keep(), activation.nbytes, f"{codec} would take {nbytes} bytes: not less"
         choices.append(Choice(activation, codec, nbytes, dependence, reason))
@@ -182,6 +183,13 @@ def _quantize(a: SavedActivation, bits: int, policy: Policy) -> Quantize:
     contiguous = dense_order(a.value) == list(range(a.value.dim()))
     standardised = policy.standardise and contiguous and standard(a.node) is not None
     return Quantize(fit_format(a, bits, policy, signed=standardised), standardised=standardised)
+
+
+def _statistics(codec: Codec, a: SavedActivation, saved: Collection[fx.Node]) -> int:
+    """Bytes of the columns' statistics that are saved for a standardised activation alone."""
+    form = standard(a.node) if isinstance(codec, Quantize) and codec.standardised else None
+    nodes = (form.scale, *form.plus) if form else ()
+    return sum(4 * numel_hint(n.meta["val"]) for n in nodes if n not in saved)
 
 
 def _row_width(a: SavedActivation) -> Any:

@@ -76,26 +76,88 @@ def test_what_is_saved_may_be_the_norm_s_input_less_one_number_a_column(layer, n
         assert [n for n, codec in codecs(model, *inputs).items() if "standardised" in codec] == [name]
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.Identity()], ids=["by row", "none"])
-def test_no_other_norm(norm):
-    assert not any("standardised" in codec for codec in codecs(Normed(norm), torch.randn(64, 16)).values())
-
-
-def test_running_statistics_are_no_standard():
-    found = codecs(Normed(nn.BatchNorm1d(32)).eval(), torch.randn(64, 16))
-    assert found and not any("standardised" in codec for codec in found.values())
-
-
-def test_the_form_is_the_norm_s_own():
+def forms(model):
+    """The standardised forms that forward computes anyway."""
     seen = []
 
     def transform(split):
-        for node in split.forward.graph.nodes:
-            if (form := standard(node)) is not None:
-                seen.append((node, form))
+        seen.extend((node, form) for node in split.forward.graph.nodes if (form := standard(node)) is not None)
 
-    uncompressed(Normed(nn.BatchNorm1d(32)), transform)(torch.randn(64, 16))
-    (node, form), *_ = seen  # then the centred input
+    uncompressed(model, transform)(torch.randn(64, 16))
+    return seen
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.Identity()], ids=["by row", "none"])
+def test_no_other_norm(norm):
+    assert not forms(Normed(norm))
+
+
+def test_running_statistics_are_no_standard():
+    assert not forms(Normed(nn.BatchNorm1d(32)).eval())
+
+
+class Encoded(nn.Module):
+    """A linear layer that no norm reads, and its columns' deviations and means spread far."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4, bias=False)
+        with torch.no_grad():
+            self.first.weight.mul_(10 ** torch.linspace(-2, 2, 32)[:, None])
+            self.first.bias.add_(10 ** torch.linspace(2, -1, 32))
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_what_a_linear_layer_returns_has_its_own_statistics(bits, dynamic):
+    model, x = Encoded(), torch.randn(256, 16)
+    options = {**FAST, "bits": bits}
+    with_it, without = (codecs(model, x, **options, standardise=on) for on in (True, False))
+    assert ["standardised" in codec for codec in with_it.values()] == [True]
+    assert ["standardised" in codec for codec in without.values()] == [False]
+    exact = step(uncompressed(model, dynamic=dynamic), [x], list(model.last.parameters()))
+
+    def error(**changed):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="actcompile", options={**options, **changed}, dynamic=dynamic)
+        ours = step(compiled, [x], list(model.last.parameters()))
+        scale = model.first(x).std(0)  # of each column of the gradient
+        return float(((ours[1] - exact[1]) / scale).norm() / (exact[1] / scale).norm())
+
+    assert error() < error(standardise=False) / 10
+
+
+def test_the_mean_of_gradients_through_own_statistics_is_exact():
+    """False alarm: |z| of 128 elements passes 5 with 7e-5."""
+    model, x = Encoded(), torch.randn(256, 16)
+    compiled = torch.compile(model, backend="actcompile", options={**FAST, "bits": 2})
+    parameters = list(model.last.parameters())
+    draws = torch.stack([step(compiled, [x], parameters, seed)[1] for seed in range(200)]).double()
+    exact = step(model, [x], parameters)[1]
+    z = (draws.mean(0) - exact) / (draws.std(0) / len(draws) ** 0.5)
+    assert draws.std(0).min() > 0 and z.abs().max() < 5
+
+
+def test_own_statistics_are_counted_and_dead_code_goes():
+    model, x = Encoded(), torch.randn(256, 16)
+    (ours,) = actcompile.explain(model, x, options={**FAST, "bits": 8}).graphs
+    (row,) = (r for r in ours.rows if "standardised" in r.codec)
+    assert row.bytes_after == 256 * 32 + 8 * (256 * 32 // 256) + 2 * 4 * 32
+    (exact,) = actcompile.explain(model, x, options={**FAST, "bits": None, "nonlinear_bits": None}).graphs
+    assert "rsqrt" not in exact.forward
+
+
+@pytest.mark.parametrize("rows, standardised", [(63, False), (64, True)])
+def test_few_rows_are_not_worth_statistics(rows, standardised):
+    (codec,) = codecs(Encoded(), torch.randn(rows, 16), bits=8).values()
+    assert ("standardised" in codec) == standardised
+
+
+def test_the_form_is_the_norm_s_own():
+    (node, form), *_ = forms(Normed(nn.BatchNorm1d(32)))  # then the centred input
     assert node.meta["val"].shape == form.result.meta["val"].shape == (64, 32)
     (mean,) = form.plus
     assert mean.meta["val"].numel() == form.scale.meta["val"].numel() == 32 and not form.minus
