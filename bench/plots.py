@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "actcompile"  # the same numbers give the same file
 
-from matplotlib import pyplot  # noqa: E402  the backend must be chosen first
+from matplotlib import pyplot, ticker  # noqa: E402  the backend must be chosen first
 
 OURS, BASELINE = "#1f6feb", "#8c959f"
 
@@ -50,6 +50,7 @@ Points = Mapping[str, Sequence[tuple[str, float, float, float]]]
 """By family: (name, x, y, error of y)."""
 COLOURS = ("#24292f", "#d9730d", "#2da44e", "#8250df", OURS, BASELINE)
 MARKS = ("*", "o", "s", "^", "D", "x")
+NAMED = {"actcompile": ((-5, -8), "right"), "other codecs": ((5, 4), "left")}  # where the names of their points go
 
 
 def scatters(
@@ -74,21 +75,34 @@ def scatters(
             axis.errorbar(
                 x, y, error, fmt=mark + "-" * joined, color=colour, label=family, markersize=6, elinewidth=1, alpha=0.85
             )
-            if family in ("actcompile", "other codecs"):
+            if family in NAMED:
+                (dx, dy), side = NAMED[family]
                 for text, px, py, _ in points:
-                    axis.annotate(text, (px, py), (4, 4), textcoords="offset points", fontsize=7, color=colour)
-        axis.set_xscale("log")
-        axis.set_yscale("log" if curves else "linear")
+                    axis.annotate(
+                        text, (px, py), (dx, dy), textcoords="offset points", fontsize=7, color=colour, ha=side
+                    )
+        _logarithmic(axis, "x")
+        if curves:
+            _logarithmic(axis, "y")
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(x_label, fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.margins(x=0.15)
+        axis.margins(x=0.22)
         axis.spines[["top", "right"]].set_visible(False)
     for row in axes:
         row[0].set_ylabel(y_label, fontsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, bbox_to_anchor=(0.5, -0.07))
     save(figure, path, title)
+
+
+def _logarithmic(axis: Any, which: str) -> None:
+    """A logarithmic scale with ticks at 1, 2 and 5 times the powers of ten, in plain numbers."""
+    axis.set(**{f"{which}scale": "log"})
+    scale = getattr(axis, f"{which}axis")
+    scale.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if which == "x" else (1.0,)))
+    scale.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    scale.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(figure: Any, path: Path, title: str) -> None:
