@@ -11,7 +11,7 @@ from torch import fx
 from actcompile.passes.codecs import EXACT, UNBIASED, Keep, Recompute
 from actcompile.passes.commute import Commuted
 from actcompile.passes.find import SavedActivation
-from actcompile.passes.plan import Choice, Plan
+from actcompile.passes.plan import Choice, Plan, is_constant
 from actcompile.passes.rebuild import Rebuilt
 from actcompile.passes.split import Split
 
@@ -202,6 +202,8 @@ def _dropped(a: SavedActivation, spared: Rebuilt | Commuted | None) -> Row:
         codec, reason = str(Keep()), a.refusal
     elif spared is not None:
         codec, reason = str(Recompute()) if isinstance(spared, Rebuilt) else "drop", spared.reason
+    elif is_constant(a.node):
+        codec, reason = "drop", "a constant: backward does without it"
     else:
         codec, reason = "drop", "backward asked only for a mask, which is saved instead"
     return Row(**_facts(a), bytes_before=a.nbytes, bytes_after=0, codec=codec, biased=None, through="", reason=reason)

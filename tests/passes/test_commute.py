@@ -143,6 +143,8 @@ def test_the_report_says_what_is_multiplied_instead():
     assert set(rows) == {"div_1", "div_2"}
     assert all(r.bytes_before == 256 * 32 * 4 and r.bytes_after == 0 and r.codec == "drop" for r in rows.values())
     assert "multiplies it with dropout/mul_8: the same product" in rows["div_1"].reason
+    zeros = [r for r in made.graphs[0].rows if r.name.startswith("full_")]  # of the width of what was mapped before
+    assert [(r.codec, r.bytes_after) for r in zeros] == [("drop", 0)] and zeros[0].reason.startswith("a constant")
 
 
 @pytest.mark.parametrize("options", [EXACT, {**FAST, "rebuild": False}], ids=["lossless", "off"])
