@@ -183,7 +183,8 @@ def graph_sage() -> Callable[..., nn.Module]:
 def table(results: list[Result]) -> Table:
     """Both runs side by side; MB = 10**6 bytes."""
     title = "one training step: MB = 10**6 bytes, peak over the memory before the step"
-    made = Table(title=title, title_justify="left")
+    caption = "one seed each, with other dropout: accuracies differ by several points from seed to seed"
+    made = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for header in ("", "test accuracy", "saved MB", "peak MB", "seconds per step"):
         made.add_column(header, justify="right" if header else "left")
     for r in results:
