@@ -201,7 +201,7 @@ def _row_op(node: fx.Node, names: _Names) -> _RowOp | None:
         case fx.Node(target=aten.index_add.default, args=(zeros, 0, index, matrix)) if _is_zero(zeros, names):
             found = "sum", matrix, _index(index)
         case fx.Node(target=aten.scatter_add.default, args=(zeros, 0, index, matrix)) if _is_zero(zeros, names):
-            found = "sum", matrix, _unexpanded(index)
+            found = "sum", matrix, _unexpanded(index) if _same_shape(index, matrix) else None
         case fx.Node(target=aten.mul.Tensor, args=(a, b)):
             matrix, factor = (a, b) if _factor(b) is not None else (b, a)
             found = "mul", matrix, _factor(factor)
@@ -212,9 +212,21 @@ def _row_op(node: fx.Node, names: _Names) -> _RowOp | None:
     kind, mapped, by = found
     if by is None or not isinstance(mapped, fx.Node) or not _is_matrix(mapped):
         return None
-    if kind in ("mul", "div") and node.meta["val"].shape != mapped.meta["val"].shape:
+    if not _torch.known_true(node.meta["val"].shape[1] == mapped.meta["val"].shape[1]):
+        return None  # a gather of some columns, say
+    if kind in ("mul", "div") and not _same_shape(node, mapped):
         return None
+    if kind == "sum" and not _torch.known_true(by.meta["val"].shape[0] == mapped.meta["val"].shape[0]):  # type: ignore[union-attr]
+        return None  # one row, put at several places
     return _RowOp(kind, mapped, by)
+
+
+def _same_shape(*values: object) -> bool:
+    """Whether tensors have the same shape, at all sizes; makes no guards."""
+    shapes = [v.meta["val"].shape for v in values if isinstance(v, fx.Node) and is_tensor(v)]
+    if len(shapes) < len(values) or len({len(shape) for shape in shapes}) > 1:
+        return False
+    return all(_torch.known_true(a == b) for shape in shapes[1:] for a, b in zip(shapes[0], shape, strict=True))
 
 
 def _is_matrix(value: object) -> bool:
@@ -265,7 +277,7 @@ def _is_zero(value: object, names: _Names) -> bool:
 def _terms(node: fx.Node, names: _Names) -> list[tuple[fx.Node, tuple[tuple[str, object], ...]]]:
     """The matrices that a node is the sum of, each with how it maps it; none where it does something else."""
     if node.target in (aten.add.Tensor, aten.expand.default) and not node.kwargs:
-        matrices = [a for a in node.args if _is_matrix(a) and a.meta["val"].shape == node.meta["val"].shape]  # type: ignore[union-attr]
+        matrices = [a for a in node.args if _is_matrix(a) and _same_shape(a, node)]
         expected = 2 if node.target is aten.add.Tensor else 1
         return [(a, ()) for a in matrices] if len(matrices) == expected else []  # type: ignore[misc]
     op = _row_op(node, names)

@@ -197,7 +197,28 @@ def other_index(h, root, weight, index):
     return x @ root + (x[index] @ weight)[index.flip(0)]
 
 
-@pytest.mark.parametrize("function", [straight, both, returned, other_index], ids=lambda f: f.__name__)
+def some_columns(h, root, weight, index):
+    """A gather whose index is narrower than what it indexes: it leaves columns out."""
+    x = h.sigmoid()
+    return x @ root + x.gather(0, index[:, None].expand(-1, 4)) @ weight[:4]
+
+
+def one_column(h, root, weight, index):
+    x = h.sigmoid()
+    return x @ root, x.gather(0, index[:, None]) @ weight[:1, :1]
+
+
+def one_row(h, root, weight, index):
+    """One row, added at several places."""
+    x = h.sigmoid()
+    return x @ root + torch.zeros_like(x).index_put((index[:9],), x[:1], accumulate=True) @ weight
+
+
+@pytest.mark.parametrize(
+    "function",
+    [straight, both, returned, other_index, some_columns, one_column, one_row],
+    ids=lambda f: f.__name__,
+)
 def test_what_else_is_done_stays_right(function):
     parameters, _, _ = problem(4)
     index = torch.randperm(ROWS)
