@@ -15,12 +15,13 @@ from torch import fx
 import actcompile.kernels
 import actcompile.passes
 from actcompile.passes import _torch, loops_decode, loops_encode  # noqa: F401  register the ops' lowerings
-from actcompile.passes.bias import bias
-from actcompile.passes.commute import Commuted, commute
+from actcompile.passes.bias import Dependence, bias
+from actcompile.passes.commute import commute
 from actcompile.passes.find import SavedActivation, find, module_path
 from actcompile.passes.masks import masks
 from actcompile.passes.plan import Plan, Policy, plan
-from actcompile.passes.rebuild import Rebuilt, rebuild
+from actcompile.passes.rebuild import rebuild
+from actcompile.passes.replay import replay
 from actcompile.passes.rewrite import rewrite
 from actcompile.passes.split import Split
 from actcompile.passes.standardise import offer
@@ -28,7 +29,7 @@ from actcompile.passes.verify import verify
 
 from . import _log, _report_cache
 from .config import Config
-from .report import GraphReport, record
+from .report import GraphReport, Spared, record
 
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
 
@@ -71,7 +72,7 @@ def cut(joint: fx.GraphModule, inputs: Sequence[object], num_fwd_outputs: int, *
     return Split(forward, backward, num_fwd_outputs, parameters)
 
 
-def decide(split: Split, config: Config) -> tuple[Plan, list[Rebuilt | Commuted]]:
+def decide(split: Split, config: Config) -> tuple[Plan, list[Spared]]:
     """Chooses how each saved activation is kept; nothing of the gradients is lost yet.
 
     Changes what is saved: masks that act together become one, and what backward can do without is not saved; the latter
@@ -82,22 +83,22 @@ def decide(split: Split, config: Config) -> tuple[Plan, list[Rebuilt | Commuted]
     def kind(node: fx.Node) -> Policy:
         return policy.for_module(module_path(node))
 
+    def wanted() -> list[SavedActivation]:
+        return [a for a in find(split) if a.refusal is None and kind(a.node).wants(a)]
+
+    def dependences() -> dict[fx.Node, Dependence]:
+        floats = [a for a in find(split) if a.refusal is None and a.value.is_floating_point()]
+        return bias(split.backward.graph, [a.placeholder for a in floats])
+
     masks(split, kept=[a.placeholder for a in find(split) if not policy.for_module(a.module).lossless])
-    activations = find(split)
-    spared: list[Rebuilt | Commuted] = []
+    spared: list[Spared] = []
     if config.rebuild:
-        wanted = [a for a in activations if a.refusal is None and kind(a.node).wants(a)]
-        spared += commute(split, [a for a in wanted if kind(a.node).bits is not None], kind)
-        activations = find(split)
-        wanted = [a for a in activations if a.refusal is None and kind(a.node).wants(a)]
-        spared += rebuild(split, wanted, bias(split.backward.graph, _floats(activations)), kind)
-        activations = find(split)
-    offer(split, activations, lambda a: kind(a.node).standardise and a.refusal is None and kind(a.node).wants(a))
-    return plan(activations, bias(split.backward.graph, _floats(activations)), policy), spared
-
-
-def _floats(activations: Sequence[SavedActivation]) -> list[fx.Node]:
-    return [a.placeholder for a in activations if a.refusal is None and a.value.is_floating_point()]
+        spared += commute(split, [a for a in wanted() if kind(a.node).bits is not None], kind)
+        spared += rebuild(split, wanted(), dependences(), kind)
+    if config.replay:
+        spared += replay(split, wanted(), config.replay)
+    offer(split, [a for a in wanted() if kind(a.node).standardise])
+    return plan(find(split), dependences(), policy), spared
 
 
 def _number_of_outputs(graph_module: fx.GraphModule) -> int:

@@ -88,6 +88,8 @@ class Config:
             `cast("float8_e4m3fn")`. `bits` still holds for what a method does not fit.
         rebuild: what backward can do without is not saved: the result of BatchNorm, ReLU and dropout, which it computes
             from the norm's input; a layer's aggregate, where it can aggregate the gradient instead.
+        replay: what a first layer makes of the model's inputs is not saved but computed again in backward, exactly, as
+            long as that takes at most this share of the forward's work: 0 for never, 0.4 for one layer of three.
         standardise: what a BatchNorm reads, or a linear layer returns, is rounded after each column was brought to mean
             0 and deviation 1, so that no column has more noise for its width than another.
         fitted: levels fitted to single activations, as `calibrate` returns them.
@@ -116,6 +118,7 @@ class Config:
     projection: int | None = None
     method: Rule | None = None
     rebuild: bool = True
+    replay: float = 0
     standardise: bool = True
     fitted: tuple[tuple[str, str], ...] = ()
 
@@ -128,6 +131,8 @@ class Config:
         for name in ("rebuild", "standardise"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.replay, (int, float)) or isinstance(self.replay, bool) or not 0 <= self.replay <= 1:
+            raise ValueError(f"replay must be a number from 0 to 1, got {self.replay!r}")
         for name, least in (("block", 8), ("min_bytes", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -206,7 +211,8 @@ def _with_rule(policy: Policy, rule: Rule) -> Policy:
 def exact() -> Config:
     """EXACT (Liu et al., ICLR 2022): a random projection to one in eight columns, one block to a row, 2 bits.
 
-    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16; nothing is rebuilt or standardised.
+    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16. Nothing is rebuilt or
+    standardised.
     """
     return Config(
         bits=2,

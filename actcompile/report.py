@@ -13,7 +13,11 @@ from actcompile.passes.commute import Commuted
 from actcompile.passes.find import SavedActivation
 from actcompile.passes.plan import Choice, Plan, is_constant
 from actcompile.passes.rebuild import Rebuilt
+from actcompile.passes.replay import Replayed
 from actcompile.passes.split import Split
+
+Spared = Commuted | Rebuilt | Replayed
+"""An activation that backward does without, and why."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def record(
     split: Split,
     plan: Plan,
     saved_before: Iterable[SavedActivation],
-    spared: Iterable[Rebuilt | Commuted],
+    spared: Iterable[Spared],
     inner: str,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
@@ -197,11 +201,11 @@ def _row(choice: Choice, before: SavedActivation | None) -> Row:
     )
 
 
-def _dropped(a: SavedActivation, spared: Rebuilt | Commuted | None) -> Row:
+def _dropped(a: SavedActivation, spared: Spared | None) -> Row:
     if a.refusal is not None:
         codec, reason = str(Keep()), a.refusal
     elif spared is not None:
-        codec, reason = str(Recompute()) if isinstance(spared, Rebuilt) else "drop", spared.reason
+        codec, reason = "drop" if isinstance(spared, Commuted) else str(Recompute()), spared.reason
     elif is_constant(a.node):
         codec, reason = "drop", "a constant: backward does without it"
     else:

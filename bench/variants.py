@@ -114,6 +114,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "lossless": ("lossless codecs only", {"bits": None, "nonlinear_bits": None}),
     "default": ("its defaults", {}),
     "2-bit": ("2 bits for every float", {"bits": 2, "nonlinear_bits": 2}),
+    "replay": ("its defaults, the first layer done again", {"replay": 0.4}),
+    "2-bit-replay": ("2 bits, the first layer done again", {"bits": 2, "nonlinear_bits": 2, "replay": 0.4}),
     "smallest": ("preset smallest", {"preset": "smallest"}),
     "exact": ("EXACT: projection to 1/8, a block to a row, 2 bits", {"preset": "exact"}),
     "exact-vm": (
@@ -136,7 +138,8 @@ def _actcompile(fields: dict[str, Any]) -> Prepare:
 
 
 for _name, (_note, _fields) in OURS.items():
-    _limit = {"lossless": EXACT, "default": ROUNDED, "2-bit": ROUNDED}.get(_name, NOISY)
+    _rounded = _name in ("default", "2-bit", "replay", "2-bit-replay")
+    _limit = EXACT if _name == "lossless" else ROUNDED if _rounded else NOISY
     variant(_name, f"actcompile, {_note}", _limit)(_actcompile(_fields))
 
 

@@ -1,7 +1,6 @@
 """`rewrite`: encodes in forward what the plan compresses, and decodes it in backward just before its first use."""
 
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from .codecs import Keep, Narrow, Quantize, Recompute
 from .encode import Seeds, encode
 from .find import SavedActivation, dense_order
 from .plan import Choice, Plan
-from .split import Split, call, inherit_origin, is_view
+from .split import Split, call, first_use, inherit_origin
 from .standardise import Standard, standard
 
 aten = torch.ops.aten
@@ -56,7 +55,7 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
     labels = [f"{name}_{part}" for part in PARTS[: len(encoded)]]
     inputs = [split.save(e, label, like=activation.node) for e, label in zip(encoded, labels, strict=True)]
     for users in _uses_apart(old):
-        with split.backward.graph.inserting_before(_first_use(old, users)):
+        with split.backward.graph.inserting_before(first_use(old, users)):
             decoded = decode(inputs, lambda: [split.size_in_backward(value.shape[d]) for d in order])
             if standardised is not None:
                 decoded = _unstandardised(split, decoded, standardised, value.dtype)
@@ -102,31 +101,10 @@ def _after(split: Split, node: fx.Node, seeds: Seeds) -> Any:
     return graph.inserting_before(max(node, *graph.find_nodes(op="placeholder"), *seeds.nodes.values()).next)
 
 
-def _first_use(placeholder: fx.Node, users: Iterable[fx.Node] | None = None) -> fx.Node:
-    """Moves views of a saved value down to the first op that reads it, and returns the first of these nodes.
-
-    `users`: those of the value's users that count, all by default.
-    """
-    views: list[fx.Node] = []
-    todo, reads = [list(placeholder.users if users is None else users)], []
-    while todo:
-        for user in todo.pop():
-            if is_view(user) and user.args[0] in (placeholder, *views):
-                views.append(user)
-                todo.append(list(user.users))
-            else:
-                reads.append(user)
-    first = min(reads) if reads else max(views)
-    moved = sorted({v for v in views if v < first})
-    for view in moved:
-        first.prepend(view)
-    return moved[0] if moved else first
-
-
 def _recompute(split: Split, activation: SavedActivation) -> None:
     """Copies a constant's maker into backward."""
     graph, node, old = split.backward.graph, activation.node, activation.placeholder
-    with graph.inserting_before(_first_use(old)):
+    with graph.inserting_before(first_use(old)):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: split.size_in_backward(n.meta["val"]))
         made = graph.create_node(node.op, node.target, args, kwargs)
     made.meta.update({k: v for k, v in node.meta.items() if k != "desc"})
@@ -138,7 +116,7 @@ def _assert_fits(split: Split, activation: SavedActivation, dtype: torch.dtype) 
     """Adds the run-time assertion that an index's symbolic bound fits `dtype`."""
     largest = torch.iinfo(dtype).max
     placeholder = activation.placeholder
-    with split.backward.graph.inserting_before(_first_use(placeholder)):
+    with split.backward.graph.inserting_before(first_use(placeholder)):
         size = split.size_in_backward(activation.bound)
         graph = split.backward.graph
         fits = graph.call_function(operator.le, (size, largest))

@@ -1,6 +1,6 @@
 """`Split`: the forward and the backward graph, and which output of the one is which input of the other."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -180,6 +180,22 @@ def root(node: fx.Node) -> fx.Node:
     return node
 
 
-def earliest(nodes: Sequence[fx.Node]) -> fx.Node:
-    """The first of some nodes of one graph, in the graph's order."""
-    return min(nodes)  # fx.Node is ordered by position in its graph
+def first_use(placeholder: fx.Node, users: Iterable[fx.Node] | None = None) -> fx.Node:
+    """Moves views of a saved value down to the first op that reads it, and returns the first of these nodes.
+
+    `users`: those of the value's users that count, all by default.
+    """
+    views: list[fx.Node] = []
+    todo, reads = [list(placeholder.users if users is None else users)], []
+    while todo:
+        for user in todo.pop():
+            if is_view(user) and user.args[0] in (placeholder, *views):
+                views.append(user)
+                todo.append(list(user.users))
+            else:
+                reads.append(user)
+    first = min(reads) if reads else max(views)
+    moved = sorted({v for v in views if v < first})
+    for view in moved:
+        first.prepend(view)
+    return moved[0] if moved else first

@@ -9,7 +9,7 @@ one is so for the other.
 What a linear layer returns has such columns, too. Where no norm reads it, `offer` computes the statistics.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,7 @@ def standard(node: fx.Node) -> Standard | None:
     return _normed(node)
 
 
-def offer(split: Split, activations: Iterable[SavedActivation], wanted: Callable[[SavedActivation], bool]) -> None:
+def offer(split: Split, activations: Iterable[SavedActivation]) -> None:
     """Adds to forward the standardised form of what linear layers return, where it has none.
 
     It is removed again, as dead code, where the plan does not take it.
@@ -72,7 +72,7 @@ def offer(split: Split, activations: Iterable[SavedActivation], wanted: Callable
     graph = split.forward.graph
     for activation in activations:
         x, value = activation.node, activation.value
-        if not wanted(activation) or not _from_linear_layer(x) or standard(x) is not None:
+        if not _from_linear_layer(x) or standard(x) is not None:
             continue
         width = value.shape[-1]
         if dense_order(value) != list(range(value.dim())) or not isinstance(width, int):

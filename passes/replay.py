@@ -1,0 +1,172 @@
+"""`replay`: what a model does first, backward does again instead of saving what it made.
+
+A first layer's aggregate and the products that follow it are made of the model's inputs and parameters, which are alive
+anyway. So backward can compute them again, exactly, at the cost of that layer's forward. Deeper layers would need the
+layers before them again, too, and a dropout's decisions; those are rounded instead.
+
+What may be done again is bounded twice: by one layer's depth (no product of a product, no aggregate of an aggregate),
+and by a share of the forward's work, so that a wide first layer is not paid for twice.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from . import _torch
+from .find import SavedActivation, numel_hint
+from .split import Split, first_use, is_size, is_tensor, is_view, writes
+
+aten = torch.ops.aten
+
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+TAKES = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default)
+SUMS = (aten.scatter_add.default, aten.index_put.default, aten.index_add.default)
+MAKERS = (aten.full.default, aten.cat.default, aten.arange.start_step, torch.ops.prims.iota.default)
+INTENSITY = 16  # floating-point operations that take as long as moving one byte
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """An activation that backward computes again from inputs.
+
+    share: of the forward's work, what that takes beyond what is done again for others.
+    """
+
+    activation: SavedActivation
+    share: float
+
+    @property
+    def reason(self) -> str:
+        return f"backward computes it again from inputs: {self.share:.0%} of forward's work"
+
+
+@dataclass(frozen=True)
+class _Depth:
+    """How many products, and how many sums of rows, follow each other on the way from the inputs to a node."""
+
+    products: int = 0
+    sums: int = 0
+
+    def join(self, other: "_Depth") -> "_Depth":
+        return _Depth(max(self.products, other.products), max(self.sums, other.sums))
+
+
+def replay(split: Split, activations: Iterable[SavedActivation], share: float) -> list[Replayed]:
+    """Computes saved floats again in backward, from what is alive anyway or saved without loss.
+
+    Args:
+        activations: those that may go, as `find` returned them. What does not may be rounded later, so nothing is
+            computed from it.
+        share: the largest part of the forward's work that backward may do again.
+
+    Returns:
+        those that went, in the order of their first use in backward.
+    """
+    activations = list(activations)
+    exact = {n for n, _ in split.pairs if is_tensor(n)} - {a.node for a in activations}
+    depths = _depths(split, exact)
+    whole = sum(map(work, split.forward.graph.nodes))
+    budget = share * whole
+    copies: dict[fx.Node, fx.Node] = {}
+    done = []
+    for activation in sorted((a for a in activations if a.node in depths), key=lambda a: first_use(a.placeholder)):
+        nodes = _cone(activation.node, exact, copies)
+        cost = sum(map(work, nodes))
+        if cost <= budget:
+            budget -= cost
+            _copy(split, activation, nodes, copies)
+            done.append(Replayed(activation, cost / max(whole, 1.0)))
+    return done
+
+
+def work(node: fx.Node) -> float:
+    """The bytes that a product or a map of rows moves, or could have moved in its time; of all other nodes none.
+
+    Those are fused into their neighbours, or have narrow operands.
+    """
+    if node.target in PRODUCTS:
+        left = node.args[-2] if node.target in (aten.mm.default, aten.bmm.default) else node.args[1]
+        depth = _torch.size_hint(left.meta["val"].shape[-1])  # type: ignore[union-attr]
+        return 2 * numel_hint(node.meta["val"]) * depth / INTENSITY
+    if node.target in TAKES:
+        return _nbytes(node)
+    if node.target in SUMS:
+        return max(_nbytes(n) for n in node.all_input_nodes if is_tensor(n) and n.meta["val"].is_floating_point())
+    return 0.0
+
+
+def _nbytes(node: fx.Node) -> float:
+    return float(numel_hint(node.meta["val"]) * node.meta["val"].dtype.itemsize)
+
+
+def _depths(split: Split, exact: Collection[fx.Node]) -> dict[fx.Node, _Depth]:
+    """The forward nodes that backward can compute again by one layer's work."""
+    found: dict[fx.Node, _Depth] = {}
+    for node in split.forward.graph.nodes:
+        if node in exact or (node.op == "placeholder" and not any(map(writes, node.users))):
+            found[node] = _Depth()
+            continue
+        if not _is_repeatable(node) or not all(split.knows(size) for size in node.meta["val"].shape):
+            continue
+        depth = _Depth()
+        for operand in node.all_input_nodes:
+            if is_size(operand) and split.knows(operand.meta["val"]):
+                continue
+            if operand not in found:
+                break
+            depth = depth.join(found[operand])
+        else:
+            sums = node.target in SUMS and not _is_column(node)
+            depth = _Depth(depth.products + (node.target in PRODUCTS), depth.sums + sums)
+            if depth.products <= 1 and depth.sums <= 1:
+                found[node] = depth
+    return found
+
+
+def _is_repeatable(node: fx.Node) -> bool:
+    """Whether a node makes a tensor, and the same one each time."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or writes(node):
+        return False
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    return is_view(node) or torch.Tag.pointwise in target.tags or target in (*PRODUCTS, *TAKES, *SUMS, *MAKERS)
+
+
+def _is_column(node: fx.Node) -> bool:
+    """Whether a tensor has one number to a row, such as a degree."""
+    shape = node.meta["val"].shape
+    return len(shape) < 2 or _torch.known_true(shape[-1] == 1)
+
+
+def _cone(node: fx.Node, exact: Collection[fx.Node], copies: Collection[fx.Node]) -> list[fx.Node]:
+    """What has to be computed for a node, in order; not what is exact in backward, or was copied there."""
+    nodes, todo = set(), {node}
+    while todo:
+        latest = todo.pop()
+        if latest.op != "placeholder" and latest not in exact and latest not in copies and latest not in nodes:
+            nodes.add(latest)
+            todo.update(n for n in latest.all_input_nodes if not is_size(n))
+    return sorted(nodes)
+
+
+def _copy(split: Split, activation: SavedActivation, nodes: Iterable[fx.Node], copies: dict[fx.Node, fx.Node]) -> None:
+    """Copies nodes into backward, before the activation's first use, and saves the activation no longer."""
+    graph, old = split.backward.graph, activation.placeholder
+    here = dict(split.pairs)
+
+    def copied(node: fx.Node) -> fx.Node:
+        if is_size(node):
+            return split.size_in_backward(node.meta["val"])
+        if node not in copies and node not in here:  # an input, alive anyway
+            here[node] = split.save(node, f"{node.name}_alive")
+        return copies.get(node) or here[node]
+
+    with graph.inserting_before(first_use(old)):
+        for node in nodes:
+            copies[node] = graph.node_copy(node, copied)
+    result = copies[activation.node]
+    old.replace_all_uses_with(result)
+    split.drop(old)

@@ -1,0 +1,202 @@
+"""What backward computes again from a model's inputs: which, exactly, and within which share of the work."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch_geometric.nn import GCNConv, GINConv, SAGEConv
+
+import actcompile
+from actcompile import Config, keep
+from tests.helpers import EXACT, FAST, assert_close, assert_equal, gnn, graph, step, uncompressed
+
+INPUTS = graph(nodes=256, edges=1024)
+REPLAY = {**FAST, "replay": 0.4}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def report(model, *inputs, **options):
+    return actcompile.explain(model, *inputs, options={**REPLAY, "min_bytes": 512, **options}).graphs[0]
+
+
+def replayed(graph_report):
+    return {r.name: r for r in graph_report.rows if r.reason.startswith("backward computes it again")}
+
+
+def sum_of_products(row):
+    return row.module == "convs.0" and row.op == "aten.add.Tensor"
+
+
+def test_a_first_layer_is_not_saved_and_the_others_are():
+    made = report(gnn(layers=3), *INPUTS)
+    rows = replayed(made)
+    assert {r.module.split(".")[1] for r in rows.values() if r.module.startswith("convs")} == {"0"}
+    assert any(map(sum_of_products, rows.values()))
+    assert all(r.codec == "recompute" and r.bytes_after == 0 for r in rows.values())
+    rounded = [r for r in made.rows if r.codec.startswith("quantize")]
+    assert rounded and not any(r.module.startswith("convs.0") for r in rounded)
+    assert made.bytes_after < report(gnn(layers=3), *INPUTS, replay=0).bytes_after
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["sage", "gcn", "gin", "gat"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_gradients_are_equal_to_the_bit(name, dynamic):
+    """With dropout, and with the whole forward's work allowed. Loops that GCN and GAT add have unbacked sizes."""
+    options = {**EXACT, "rebuild": False, "replay": 1.0}
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        model = gnn(name, layers=3)
+        reference = step(uncompressed(model, dynamic=dynamic), INPUTS, model.parameters())
+        torch._dynamo.reset()
+        assert replayed(report(model, *INPUTS, **options))
+        torch._dynamo.reset()
+        ours = torch.compile(model, backend="actcompile", options=options, dynamic=dynamic)
+        assert_equal(step(ours, INPUTS, model.parameters()), reference)
+
+
+class Two(nn.Module):
+    def __init__(self, layer, wide):
+        super().__init__()
+        self.first, self.norm, self.last = layer(16, wide), nn.BatchNorm1d(wide), layer(wide, 4)
+
+    def forward(self, x, edge_index):
+        return self.last(self.norm(self.first(x, edge_index)).relu(), edge_index)
+
+
+LAYERS = {
+    "sage": SAGEConv,
+    "gcn": lambda i, o: GCNConv(i, o, add_self_loops=False),
+    "gin": lambda i, o: GINConv(nn.Sequential(nn.Linear(i, o), nn.ReLU(), nn.Linear(o, o))),
+}
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    layer=st.sampled_from(sorted(LAYERS)),
+    wide=st.sampled_from([8, 32, 48]),
+    nodes=st.integers(20, 90),
+    edges=st.integers(1, 300),
+    share=st.sampled_from([0.1, 0.4, 1.0]),
+)
+def test_gradients_in_float64_are_those_of_eager(layer, wide, nodes, edges, share):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, edge_index = graph(nodes, edges)
+    model, x = Two(LAYERS[layer], wide).double(), x.double()
+    ours = torch.compile(model, backend="actcompile", options={**EXACT, "replay": share}, dynamic=False)
+    exact = step(model, (x, edge_index), model.parameters())
+    assert_equal_up_to_order(step(ours, (x, edge_index), model.parameters()), exact)
+
+
+def assert_equal_up_to_order(ours, exact):
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.4, 1.0])
+def test_no_more_than_the_share_is_done_again(share):
+    rows = replayed(report(gnn(layers=3), *INPUTS, replay=share))
+    spent = [int(r.reason.split(": ")[1].split("%")[0]) for r in rows.values()]
+    assert sum(spent) <= 100 * share + len(spent)  # each is rounded to a whole number
+    assert any(map(sum_of_products, rows.values())) == (share >= 0.4)  # the norm's input: an aggregate and two products
+    assert bool(rows) == (share > 0)
+
+
+def test_not_what_a_rule_keeps_nor_what_is_off():
+    kept = report(gnn(layers=3), *INPUTS, rules={"convs.0": keep()})
+    assert not any(r.module.startswith("convs.0") for r in replayed(kept).values())
+    assert not replayed(report(gnn(layers=3), *INPUTS, replay=0))
+    assert not replayed(actcompile.explain(gnn(layers=3), *INPUTS, options=FAST).graphs[0])
+
+
+class Deep(nn.Module):
+    """No dropout, no norm: every layer could be computed from the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).sigmoid()
+        return x
+
+
+def test_one_layer_and_no_more():
+    x = torch.randn(64, 16)
+    made = report(Deep(), x, replay=1.0)
+    assert len(replayed(made)) == 1
+    assert sum(r.codec.startswith("quantize") for r in made.rows) == 2  # the last result is the model's own
+
+
+class Changing(nn.Module):
+    """Its forward changes the buffer that its first product was made with."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+        self.register_buffer("scale", torch.ones(64, 16))
+
+    def forward(self, x):
+        out = self.last(self.first(x * self.scale).sigmoid())
+        self.scale.add_(1)
+        return out
+
+
+class Random(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.last(self.first(x + torch.rand_like(x)).sigmoid())
+
+
+@pytest.mark.parametrize("model", [Changing, Random])
+def test_what_would_come_out_otherwise_is_not_done_again(model):
+    model, x = model(), torch.randn(64, 16)
+    assert not replayed(report(model, x, replay=1.0))
+    reference = step(uncompressed(model), (x,), model.parameters())
+    if isinstance(model, Changing):
+        model.scale.fill_(1)
+    torch._dynamo.reset()
+    ours = torch.compile(model, backend="actcompile", options={**EXACT, "replay": 1.0})
+    assert_equal(step(ours, (x,), model.parameters()), reference)
+
+
+def test_the_gradients_have_less_noise():
+    model = gnn(layers=3, dropout=0.0)
+    exact = step(model, INPUTS, model.parameters())
+
+    def error(options):
+        torch._dynamo.reset()
+        ours = torch.compile(model, backend="actcompile", options={**options, "min_bytes": 512})
+        found = [step(ours, INPUTS, model.parameters(), seed) for seed in range(8)]
+        return sum(float((a - b).norm() ** 2) for f in found for a, b in zip(f[1:], exact[1:], strict=True))
+
+    assert error(REPLAY) < error(FAST)
+
+
+def test_it_works_under_inductor():
+    model = gnn(layers=2, dropout=0.0)
+    exact = step(model, INPUTS, model.parameters())
+    torch._dynamo.reset()
+    options = {"min_bytes": 512, "bits": None, "nonlinear_bits": None, "replay": 1.0}
+    assert replayed(report(model, *INPUTS, **options))
+    torch._dynamo.reset()
+    ours = torch.compile(model, backend="actcompile", options=options)
+    assert_close(step(ours, INPUTS, model.parameters())[:1], exact[:1], 1e-5)
+    for a, b in zip(step(ours, INPUTS, model.parameters()), exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [True, -0.1, 1.5, "all"])
+def test_the_field_is_checked(value):
+    with pytest.raises(ValueError, match="replay must be a number from 0 to 1"):
+        Config(replay=value)
