@@ -70,7 +70,7 @@ def calibrate(model: nn.Module, *inputs: Any, steps: int = 3, config: Config | N
     fitted = dict(made.fitted)
     for key, by_bits in histograms.items():
         bits, histogram = next(iter(by_bits.items()))
-        ranged = bool((histogram.atoms[:, 0] == histogram.top).any())  # a constant block has elements at 0 only
+        ranged = histogram.mass.any() or histogram.atoms[:, 0].any()  # blocks of zeros have elements at 0 only
         if len(by_bits) == 1 and ranged:
             fitted[key] = levels_text(optimal_levels(histogram, 2**bits))
     return replace(made, fitted=tuple(sorted(fitted.items())))

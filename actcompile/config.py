@@ -79,8 +79,8 @@ class Config:
 
     Args:
         bits: bits per element of floats whose rounding leaves every gradient unbiased: 1, 2, 4, 8, or None (exact).
-        nonlinear_bits: the same for floats whose rounding biases some gradient; "auto" gives 4 bits where the bias is
-            averaged over many elements (BatchNorm's input), else 8.
+        nonlinear_bits: the same for floats whose rounding biases some gradient; "auto" gives `bits` where the bias is
+            averaged over 1024 elements or more (BatchNorm's input), 4 where over 64 or more, else 8.
         block: elements that share a minimum and a maximum; fitted to each tensor's width.
         rows_per_block: instead of `block`: rows that share them (i-EXACT's G/R), as many as fit 1024 elements.
         projection: floats used linearly are first projected at random to one in `projection` columns (EXACT's D/R).
@@ -89,7 +89,7 @@ class Config:
         rebuild: what backward can do without is not saved: the result of BatchNorm, ReLU and dropout, which it computes
             from the norm's input; a layer's aggregate, where it can aggregate the gradient instead.
         replay: what a first layer makes of the model's inputs is not saved but computed again in backward, exactly, as
-            long as that takes at most this share of the forward's work: 0 for never, 0.4 for one layer of three.
+            long as that takes at most this share of the forward's work: one layer of three fits 0.4; 0 for never.
         standardise: what a BatchNorm reads, or a linear layer returns, is rounded after each column was brought to mean
             0 and deviation 1, so that no column has more noise for its width than another.
         fitted: levels fitted to single activations, as `calibrate` returns them.
@@ -108,9 +108,9 @@ class Config:
 
     bits: int | None = 2
     nonlinear_bits: int | Literal["auto"] | None = "auto"
-    block: int = 256
+    block: int = 64
     levels: Levels | Literal["auto"] = "auto"
-    metadata: Literal["float32", "bfloat16"] = "float32"
+    metadata: Literal["float32", "bfloat16"] = "bfloat16"
     min_bytes: int = 16384
     rules: Mapping[str, Rule] | tuple[tuple[str, Rule], ...] = field(default=())
     inner: Inner = "inductor"
@@ -118,7 +118,7 @@ class Config:
     projection: int | None = None
     method: Rule | None = None
     rebuild: bool = True
-    replay: float = 0
+    replay: float = 0.4
     standardise: bool = True
     fitted: tuple[tuple[str, str], ...] = ()
 
@@ -211,17 +211,19 @@ def _with_rule(policy: Policy, rule: Rule) -> Policy:
 def exact() -> Config:
     """EXACT (Liu et al., ICLR 2022): a random projection to one in eight columns, one block to a row, 2 bits.
 
-    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16. Nothing is rebuilt or
+    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16. Nothing is rebuilt, replayed or
     standardised.
     """
     return Config(
         bits=2,
         nonlinear_bits=2,
+        block=256,
         levels="uniform",
         metadata="bfloat16",
         rows_per_block=1,
         projection=8,
         rebuild=False,
+        replay=0,
         standardise=False,
     )
 
@@ -237,11 +239,12 @@ def iexact(group: int = 8, levels: Levels = "uniform") -> Config:
 
 
 def smallest() -> Config:
-    """Half of i-EXACT's smallest bytes for its network: BatchNorm's input has 1 bit, all else is projected as in EXACT.
+    """A third of i-EXACT's smallest bytes for its network: BatchNorm's input has 1 bit, all else is projected as in
+    EXACT.
 
     A step's gradients are noisy, if less so than those of EXACT or i-EXACT.
     """
-    return Config(bits=2, nonlinear_bits=1, metadata="bfloat16", rows_per_block=2, projection=8)
+    return Config(bits=2, nonlinear_bits=1, rows_per_block=2, projection=8)
 
 
 GROUPS = (2, 4, 8, 16, 32, 64)

@@ -110,12 +110,14 @@ def with_row_hooks(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+ALONE: dict[str, Any] = {"replay": 0, "nonlinear_bits": 4, "block": 256, "metadata": "float32"}
+"""Under another codec: the first layer's aggregate is saved, since it is little else that such a codec applies to."""
+
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "lossless": ("lossless codecs only", {"bits": None, "nonlinear_bits": None}),
     "default": ("its defaults", {}),
-    "2-bit": ("2 bits for every float", {"bits": 2, "nonlinear_bits": 2}),
-    "replay": ("its defaults, the first layer done again", {"replay": 0.4}),
-    "2-bit-replay": ("2 bits, the first layer done again", {"bits": 2, "nonlinear_bits": 2, "replay": 0.4}),
+    "4-bit": ("4 bits for every float", {"bits": 4}),
+    "no-replay": ("its defaults, but the first layer is saved, not done again", {"replay": 0}),
     "smallest": ("preset smallest", {"preset": "smallest"}),
     "exact": ("EXACT: projection to 1/8, a block to a row, 2 bits", {"preset": "exact"}),
     "exact-vm": (
@@ -124,11 +126,11 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     **{f"iexact-{g}": (f"i-EXACT, blocks of {g} projected rows", {"preset": f"iexact-{g}"}) for g in GROUPS},
     **{f"iexact-{g}-vm": ("the same, with its levels", {"preset": f"iexact-{g}-vm"}) for g in GROUPS},
-    "bf16": ("every float in bfloat16", {"method": cast("bfloat16")}),
-    "e4m3": ("every float in 8-bit e4m3", {"method": cast("float8_e4m3fn")}),
-    "prune-8": ("the largest eighth of each row", {"method": prune(8)}),
-    "low-rank-8": ("rank an eighth of the width", {"method": low_rank(8)}),
-    "rows-8": ("an eighth of the rows, sampled (WTA-CRS)", {"method": sample_rows(8)}),
+    "bf16": ("every float in bfloat16", {**ALONE, "method": cast("bfloat16")}),
+    "e4m3": ("every float in 8-bit e4m3", {**ALONE, "method": cast("float8_e4m3fn")}),
+    "prune-8": ("the largest eighth of each row", {**ALONE, "method": prune(8)}),
+    "low-rank-8": ("rank an eighth of the width", {**ALONE, "method": low_rank(8)}),
+    "rows-8": ("an eighth of the rows, sampled (WTA-CRS)", {**ALONE, "method": sample_rows(8)}),
 }
 """Our own variants: what they do, and the fields of `actcompile.Config` that say so."""
 
@@ -138,7 +140,7 @@ def _actcompile(fields: dict[str, Any]) -> Prepare:
 
 
 for _name, (_note, _fields) in OURS.items():
-    _rounded = _name in ("default", "2-bit", "replay", "2-bit-replay")
+    _rounded = _name in ("default", "4-bit", "no-replay")
     _limit = EXACT if _name == "lossless" else ROUNDED if _rounded else NOISY
     variant(_name, f"actcompile, {_note}", _limit)(_actcompile(_fields))
 

@@ -21,9 +21,10 @@ from .bias import Dependence
 from .codecs import Cast, Codec, Keep, LowRank, Narrow, PackBits, Prune, Quantize, Recompute, SampleRows
 from .find import SavedActivation, dense_order, numel_hint
 from .signs import never_negative
+from .split import root
 from .standardise import standard
 
-AVERAGED = 64  # a factor with so many times fewer elements than the activation is an average over its rounding noise
+FEW, MANY = 64, 1024  # elements to average over, from which rounding to 4 bits, or to 2, biases by less than 0.1 %
 MOST_OF_SEVERAL_ROWS = 1024  # elements; i-EXACT's published bytes fit no larger blocks
 
 
@@ -33,8 +34,8 @@ class Policy:
 
     Attributes:
         bits: bits for floats whose rounding biases no gradient; None keeps them exact.
-        nonlinear_bits: bits for floats whose rounding biases a gradient; None keeps them exact. "auto" gives 4 where
-            the bias is averaged over many elements (BatchNorm's input), else 8.
+        nonlinear_bits: bits for floats whose rounding biases a gradient; None keeps them exact. "auto" gives `bits`
+            where the bias is averaged over many elements (BatchNorm's input), 4 where over some, else 8.
         block, levels, metadata: fields of `BlockFormat`; `block` is fitted to the tensor's width, and "auto" levels
             are those of half a normal for what is never negative, of a clipped normal for all else.
         rows_per_block: a block is so many rows instead, of at most `MOST_OF_SEVERAL_ROWS` elements (i-EXACT's G/R).
@@ -50,9 +51,9 @@ class Policy:
 
     bits: int | None = 2
     nonlinear_bits: int | Literal["auto"] | None = "auto"
-    block: int = 256
+    block: int = 64
     levels: Levels | Literal["auto"] = "auto"
-    metadata: torch.dtype = torch.float32
+    metadata: torch.dtype = torch.bfloat16
     min_bytes: int = 16384
     lossless: bool = True
     rows_per_block: int | None = None
@@ -115,9 +116,12 @@ def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, D
     """
     choices = []
     saved = {activation.node for activation in activations}
+    units = {root(n) for a in activations if (form := standard(a.node)) for n in (form.scale, *form.plus, *form.minus)}
     for activation in activations:
         dependence = dependences.get(activation.placeholder)
         codec, reason = choose(activation, dependence, policy.for_module(activation.module))
+        if root(activation.node) in units and activation.value.is_floating_point():
+            codec, reason = Keep(), "others are rounded in its units: kept exact"
         if isinstance(codec, Keep):
             nbytes = activation.nbytes
         else:
@@ -153,8 +157,7 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
         return Keep(), f"one number per row, biased through {dependence.op}: kept exact"
     bits, how = policy.nonlinear_bits, "in the configuration's bits"
     if bits == "auto":
-        averaged = _averages(dependence, a)
-        bits, how = (4, "a mean over many elements") if averaged else (8, "element by element")
+        bits, how = _automatic(averaged_over(dependence, a), policy.bits)
     return _quantize(a, bits, policy), f"biased through {dependence.op}, {how}"
 
 
@@ -217,13 +220,25 @@ def is_constant(node: fx.Node) -> bool:
     return node.target in makers and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes)
 
 
-def _averages(dependence: Dependence, a: SavedActivation) -> bool:
-    """Whether the op that biases multiplies the activation with something averaged over many of its elements."""
+def averaged_over(dependence: Dependence, a: SavedActivation) -> int:
+    """How many elements of an activation one number of what it is multiplied with averages, where that biases.
+
+    The bias is the rounding's variance by so many. 1 where the op that biases is no product, or of no average.
+    """
     through = dependence.through
     if through is None or through.target not in (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor):
-        return False
+        return 1
     sizes = [numel_hint(v) for n in through.all_input_nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
-    return len(sizes) > 1 and min(sizes) * AVERAGED <= a.numel
+    return a.numel // max(min(sizes), 1) if len(sizes) > 1 else 1
+
+
+def _automatic(count: int, bits: int | None) -> tuple[int, str]:
+    """Bits for a float whose rounding biases by its variance over `count`, and that in words."""
+    if count >= MANY and bits is not None:
+        return bits, "a mean over many elements"
+    if count >= FEW:
+        return max(4, bits or 4), "a mean over some elements" if count < MANY else "a mean over many elements"
+    return 8, "element by element"
 
 
 def plane_width(width: Any, planes: int, group: int) -> int:
@@ -270,8 +285,8 @@ def block_format(
 ) -> BlockFormat:
     """The block format nearest to `block` whose planes fit rows of `width` elements (1: not made of rows)."""
     planes = 32 // bits
-    if block < planes * LANES:  # several blocks to a group
+    if block < LANES:
         return BlockFormat(bits, block, levels, metadata)
-    words = plane_width(width, planes, block)
+    words = plane_width(width, planes, block)  # several blocks to a group where it is longer than `block`
     per_block = min(planes, 2 ** max(0, round(math.log2(max(block / words, 1)))))
     return BlockFormat(bits, words * per_block, levels, metadata, words)

@@ -11,7 +11,7 @@ from torch import nn
 
 import actcompile
 from actcompile import Config, Report, bits, compress, explain, keep, lossless
-from tests.helpers import EXACT, FAST, Mlp, assert_equal, gnn, graph, loss, step, uncompressed
+from tests.helpers import EXACT, FAST, SAVED, Mlp, assert_equal, gnn, graph, loss, step, uncompressed
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_a_state_goes_to_an_uncompressed_model_and_back(tmp_path):
 
 
 def test_two_models_with_two_configs_do_not_mix():
-    coarse, fine, inputs = compress(gnn(), **FAST), compress(gnn(), **EXACT), graph()
+    coarse, fine, inputs = compress(gnn(), **SAVED), compress(gnn(), **EXACT), graph()
     reference = step(uncompressed(gnn()), inputs, fine.parameters())[:1]
     torch._dynamo.reset()
     for _ in range(2):

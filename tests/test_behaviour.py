@@ -9,7 +9,20 @@ from torch import nn
 
 import actcompile
 from actcompile import Config, compress, explain
-from tests.helpers import EXACT, FAST, Mlp, assert_close, assert_equal, gnn, graph, leaves, loss, step, uncompressed
+from tests.helpers import (
+    EXACT,
+    FAST,
+    SAVED,
+    Mlp,
+    assert_close,
+    assert_equal,
+    gnn,
+    graph,
+    leaves,
+    loss,
+    step,
+    uncompressed,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +144,7 @@ def test_function(function):
     torch._dynamo.reset()
     number = len(reference) - len(parameters)
     with Calls() as calls:
-        ours = step(compiled(function, **FAST, **{"bits": 8, "nonlinear_bits": 8}), inputs(), parameters)
+        ours = step(compiled(function, **SAVED, **{"bits": 8, "nonlinear_bits": 8}), inputs(), parameters)
     assert_equal(ours[:number], reference[:number])  # outputs are never rounded
     assert_close(ours, reference, within=0.05)
     assert function in (parameters_only, empty, other_dtypes) or calls.ours
@@ -154,7 +167,7 @@ def test_no_grad_quantises_nothing_and_leaves_the_random_state():
 
 
 def test_eval_quantises_only_for_gradients():
-    model, (x, edges) = compress(gnn(), **FAST).eval(), graph()
+    model, (x, edges) = compress(gnn(), **SAVED).eval(), graph()
     with torch.inference_mode(), Calls() as calls:
         out = model(x, edges)
     assert not calls.ours

@@ -21,7 +21,7 @@ from actcompile.kernels.histogram import Histogram
 from actcompile.kernels.levels import expected_variance, level_values
 from actcompile.passes.codecs import Quantize
 from actcompile.passes.plan import Choice
-from tests.helpers import FAST, Mlp, gnn, graph, step
+from tests.helpers import SAVED, Mlp, gnn, graph, step
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +32,8 @@ def _reset() -> None:
 
 def test_every_float_of_2_or_4_bits_has_levels() -> None:
     model, inputs = gnn("sage"), graph()
-    levels = dict(calibrate(model, *inputs, steps=2, **FAST).fitted)
-    rows = [r for g in actcompile.explain(model, *inputs, options=FAST).graphs for r in g.rows]
+    levels = dict(calibrate(model, *inputs, steps=2, **SAVED).fitted)
+    rows = [r for g in actcompile.explain(model, *inputs, options=SAVED).graphs for r in g.rows]
     bits = {f"{r.module}/{r.name}": int(r.codec[9]) for r in rows if r.codec.startswith("quantize")}
     assert levels.keys() == {key for key, b in bits.items() if b in (2, 4)} and levels
     for key, text in levels.items():
@@ -43,7 +43,7 @@ def test_every_float_of_2_or_4_bits_has_levels() -> None:
 
 def test_levels_beat_uniform_and_normal_ones_on_new_dropout() -> None:
     model, x = Mlp(), torch.randn(4000, 16)
-    ((key, text),) = calibrate(model, x, steps=3, **FAST).fitted
+    ((key, text),) = calibrate(model, x, steps=3, **SAVED).fitted
     seen: list[tuple[Histogram, int]] = []
 
     def look(choice: Choice, value: Tensor) -> None:
@@ -51,7 +51,7 @@ def test_levels_beat_uniform_and_normal_ones_on_new_dropout() -> None:
         seen.append((Histogram.of(value, fmt), fmt.block))
 
     torch.manual_seed(77)
-    observed(model, look, **FAST)(x)
+    observed(model, look, **SAVED)(x)
     ((histogram, block),) = seen
     ours, uniform, normal = (
         expected_variance(np.array(v), histogram)
@@ -69,23 +69,23 @@ def test_model_and_generator_are_untouched_and_the_result_repeats() -> None:
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = calibrate(model, *inputs, **FAST)
-    assert torch.equal(torch.get_rng_state(), state) and first == calibrate(model, *inputs, **FAST)
+    first = calibrate(model, *inputs, **SAVED)
+    assert torch.equal(torch.get_rng_state(), state) and first == calibrate(model, *inputs, **SAVED)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_works_under_no_grad_and_on_compressed_models() -> None:
-    model, x = actcompile.compress(Mlp(), **FAST), torch.randn(64, 16)
+    model, x = actcompile.compress(Mlp(), **SAVED), torch.randn(64, 16)
     with torch.no_grad():
         made = calibrate(model, x, steps=1)
-    assert made == actcompile.Config.make(**FAST, fitted=made.fitted) and len(made.fitted) == 1
+    assert made == actcompile.Config.make(**SAVED, fitted=made.fitted) and len(made.fitted) == 1
 
 
 def test_a_calibrated_config_is_used_and_rounds_less() -> None:
     """The mean squared gradient error of 20 seeds: a fifth less variance would show itself at three sigma."""
     model, x = Mlp(dropout=0.0), torch.randn(2000, 16)
-    config = calibrate(model, x, steps=1, **FAST)
+    config = calibrate(model, x, steps=1, **SAVED)
     report = actcompile.explain(model, x, config=config)
     assert "fitted levels" in str([r.codec for g in report.graphs for r in g.rows])
     parameters = list(model.last.parameters())
@@ -96,12 +96,12 @@ def test_a_calibrated_config_is_used_and_rounds_less() -> None:
         runs = [step(compiled, [x], parameters, seed)[1:] for seed in range(20)]
         return sum(float((a - b).square().sum()) for run in runs for a, b in zip(run, exact, strict=True))
 
-    assert error({**FAST, "fitted": config.fitted}) < error({**FAST, "levels": "variance-minimising"})
+    assert error({**SAVED, "fitted": config.fitted}) < error({**SAVED, "levels": "variance-minimising"})
 
 
 def test_levels_of_a_projection_fit_what_is_rounded() -> None:
     model, x = Mlp(dropout=0.0), torch.randn(4000, 16)
-    plain, projected = (dict(calibrate(model, x, steps=1, **FAST, **o).fitted) for o in ({}, {"projection": 8}))
+    plain, projected = (dict(calibrate(model, x, steps=1, **SAVED, **o).fitted) for o in ({}, {"projection": 8}))
     histograms: list[Histogram] = []
 
     def look(choice: Choice, value: Tensor) -> None:
@@ -109,7 +109,7 @@ def test_levels_of_a_projection_fit_what_is_rounded() -> None:
         assert isinstance(codec, Quantize) and codec.columns == 4
         histograms.append(Histogram.of(project(value, codec.columns, seed=99), codec.format))
 
-    observed(model, look, **FAST, projection=8)(x)
+    observed(model, look, **SAVED, projection=8)(x)
     (key,), (histogram,) = projected, histograms
     fitted, other = (expected_variance(explicit_levels(f[key], 2), histogram) for f in (projected, plain))
     assert fitted < 0.9 * other
@@ -118,7 +118,7 @@ def test_levels_of_a_projection_fit_what_is_rounded() -> None:
 def test_activations_without_a_range_are_left_out() -> None:
     model, x = Mlp(dropout=0.0), torch.zeros(64, 16)
     model.first.bias.data.fill_(-1.0)  # ReLU makes zeros only
-    assert calibrate(model, x, steps=1, **FAST).fitted == ()
+    assert calibrate(model, x, steps=1, **SAVED).fitted == ()
 
 
 def test_bad_arguments_are_named() -> None:

@@ -17,7 +17,7 @@ from actcompile.report import GraphNode, GraphReport, Report, Row
 
 from . import helpers
 
-OPTIONS = {"inner": "aot_eager", "min_bytes": 512}
+OPTIONS = {"inner": "aot_eager", "min_bytes": 512, "replay": 0}
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import actcompile
 from actcompile._observe import observed
 from actcompile.passes.plan import Choice
-from tests.helpers import FAST, Mlp, assert_close, assert_equal, gnn, graph, loss, step, uncompressed
+from tests.helpers import SAVED, Mlp, assert_close, assert_equal, gnn, graph, loss, step, uncompressed
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ class Seen:
 def test_outputs_and_gradients_are_exact_with_dropout(name: str) -> None:
     model, inputs = gnn(name, dropout=0.5), graph()
     parameters = list(model.parameters())
-    ours = step(observed(model, Seen(), **FAST), inputs, parameters)
+    ours = step(observed(model, Seen(), **SAVED), inputs, parameters)
     torch._dynamo.reset()
     exact = step(uncompressed(model), inputs, parameters)
     assert_equal(ours[:1], exact[:1])
@@ -54,7 +54,7 @@ def test_outputs_and_gradients_are_exact_with_dropout(name: str) -> None:
 @pytest.mark.parametrize("name", ["sage", "gat"])
 def test_looks_once_at_each_float_that_the_report_says_is_quantised(name: str, inner: str) -> None:
     model, inputs, seen = gnn(name), graph(), Seen()
-    options = {**FAST, "inner": inner}
+    options = {**SAVED, "inner": inner}
     observed(model, seen, **options)(*inputs)
     report = actcompile.explain(gnn(name), *inputs, options=options)
     expected = [(r.module, r.name, r.codec) for g in report.graphs for r in g.rows]
@@ -66,7 +66,7 @@ def test_looks_once_at_each_float_that_the_report_says_is_quantised(name: str, i
 def test_gradients_are_exact_with_the_graphs_of_inductor() -> None:
     model, inputs = gnn("sage", dropout=0.0, norm=False), graph()  # a bias before BatchNorm has a gradient of zero
     parameters = list(model.parameters())
-    ours = step(observed(model, Seen(), min_bytes=0, inner="inductor"), inputs, parameters)
+    ours = step(observed(model, Seen(), min_bytes=0, replay=0, inner="inductor"), inputs, parameters)
     assert_close(ours, step(model, inputs, parameters), 1e-4)
 
 
@@ -74,7 +74,7 @@ def test_shows_the_activation_itself_in_training_mode() -> None:
     model, seen = Mlp(), Seen()
     x = torch.randn(64, 16)
     torch.manual_seed(3)
-    out = observed(model, seen, **FAST)(x)
+    out = observed(model, seen, **SAVED)(x)
     (hidden,) = seen.values  # the input of the last layer
     torch.testing.assert_close(model.last(hidden), out)
     assert 0.6 < float((hidden == 0).float().mean()) < 0.9  # half by ReLU, half of the rest by dropout
@@ -90,7 +90,7 @@ def test_values_come_in_the_order_in_which_blocks_are_cut() -> None:
             return self.last(self.first(x).sin().t())
 
     model, seen = Turned(), Seen()
-    observed(model, seen, **FAST)(torch.randn(64, 16))
+    observed(model, seen, **SAVED)(torch.randn(64, 16))
     pairs = zip(seen.choices, seen.values, strict=True)
     turned = [(c, v) for c, v in pairs if not c.activation.value.is_contiguous()]
     assert turned and all(v.is_contiguous() and v.shape == c.activation.value.t().shape for c, v in turned)
@@ -108,7 +108,7 @@ def test_training_steps_are_those_of_the_plain_model() -> None:
 
     inputs, seen = graph(), Seen()
     first, second = gnn("sage"), gnn("sage")
-    ours = train(observed(first, seen, **FAST), list(first.parameters()))
+    ours = train(observed(first, seen, **SAVED), list(first.parameters()))
     torch._dynamo.reset()
     for found, expected in zip(ours, train(uncompressed(second), list(second.parameters())), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -118,7 +118,7 @@ def test_training_steps_are_those_of_the_plain_model() -> None:
 def test_nothing_is_seen_without_gradients() -> None:
     model, seen = Mlp().eval(), Seen()
     with torch.no_grad():
-        observed(model, seen, **FAST)(torch.randn(64, 16))
+        observed(model, seen, **SAVED)(torch.randn(64, 16))
     assert not seen.choices
 
 

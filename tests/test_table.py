@@ -19,7 +19,7 @@ from actcompile.report import GraphReport, Report, Row
 
 from . import helpers
 
-OPTIONS = {"inner": "aot_eager", "min_bytes": 512}
+OPTIONS = {"inner": "aot_eager", "min_bytes": 512, "replay": 0}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from bench.registry import Options, case
 from bench.results import progress, show
 from bench.trials import Record, Trial, runs, select
 
-VARIANTS = ("inductor", "default", "2-bit")
+VARIANTS = ("inductor", "default", "4-bit")
 UNCOMPRESSED = VARIANTS[0]
 TRIALS = (
     Trial("pubmed", encoder=True, epochs=80, weight_decay=5e-4),

@@ -142,7 +142,9 @@ def watch(
     train_nodes = task.split(setting.seed)[0].nonzero().flatten()
     with _torch.one_graph_despite_data_dependent_sizes():
         # Without what is ours: the papers round the results of dropout, and the inputs of norms as they are.
-        forward = observed(model, look, rebuild=False, standardise=False, min_bytes=0 if task.nodes < 10_000 else 16384)
+        forward = observed(
+            model, look, rebuild=False, replay=0, standardise=False, min_bytes=0 if task.nodes < 10_000 else 16384
+        )
         for epoch in range(1, setting.epochs + 1):  # noqa: B007  read by look
             loss = F.cross_entropy(forward(task.x, task.edge_index)[train_nodes], task.y[train_nodes])
             loss.backward()

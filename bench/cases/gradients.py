@@ -47,12 +47,12 @@ FAMILIES: dict[str, dict[str, Fields]] = {
     },
     "actcompile": {
         "smallest": {"preset": "smallest"},
-        "1 bit, D/R 4": {"bits": 2, "nonlinear_bits": 1, "projection": 4, "metadata": "bfloat16"},
-        "2 bits, D/R 4": {"bits": 2, "nonlinear_bits": 2, "projection": 4, "metadata": "bfloat16"},
-        "2-bit": OURS["2-bit"][1],
+        "1 bit, D/R 4": {"nonlinear_bits": 1, "projection": 4},
+        "2 bits, D/R 4": {"projection": 4},
+        "no-replay": OURS["no-replay"][1],
         "default": {},
-        "4-bit": {"bits": 4, "nonlinear_bits": 4},
-        "8-bit": {"bits": 8, "nonlinear_bits": 8},
+        "4-bit": {"bits": 4},
+        "8-bit": {"bits": 8},
     },
     "other codecs": {name: OURS[name][1] for name in ("bf16", "e4m3", "prune-8", "low-rank-8", "rows-8")},
 }

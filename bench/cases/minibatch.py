@@ -20,7 +20,7 @@ from bench.sampling import neighbor_loader, sampler_in_use
 from bench.variants import VARIANTS
 
 BATCHES, LIMIT = 20, 2
-COMPARED = ("inductor", "lossless", "default", "2-bit")
+COMPARED = ("inductor", "lossless", "default", "4-bit")
 
 
 @case("minibatch", "twenty mini-batches of PyG's NeighborLoader: compilations, gradients, saved bytes")

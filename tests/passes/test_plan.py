@@ -70,14 +70,17 @@ def test_table(a, policy, biased, codec, reason):
     assert made.nbytes <= a.nbytes
 
 
-def test_bias_that_averages_over_many_elements_takes_four_bits():
-    a, graph = activation(FLOAT), fx.Graph()
+@pytest.mark.parametrize("rows, over", [(8, "element by element"), (64, "some"), (1024, "many")])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, None])
+def test_bias_that_is_averaged_takes_fewer_bits(rows, over, bits):
+    value, graph = torch.zeros(rows, 128), fx.Graph()
+    a = activation(value)
     mul = graph.call_function(aten.mul.Tensor, (graph.placeholder("a"), graph.placeholder("b")))
-    for node, value in zip(mul.args, (FLOAT, FLOAT[:1]), strict=True):
-        node.meta["val"] = value
-    (made,) = plan([a], {a.placeholder: Dependence(True, mul)}, POLICY).choices
-    assert made.codec.format.bits == 4
-    assert "a mean over many" in made.reason
+    for node, factor in zip(mul.args, (value, value[:1]), strict=True):
+        node.meta["val"] = factor
+    (made,) = plan([a], {a.placeholder: Dependence(True, mul)}, Policy(bits=bits, min_bytes=0)).choices
+    assert made.codec.format.bits == {8: 8, 64: max(4, bits or 4), 1024: bits or 4}[rows]
+    assert over in made.reason
 
 
 def test_what_would_grow_is_kept():

@@ -7,10 +7,10 @@ from torch_geometric.nn import GCNConv, SAGEConv
 
 import actcompile
 from actcompile.passes.standardise import standard
-from tests.helpers import FAST, assert_close, gnn, graph, step, uncompressed
+from tests.helpers import SAVED, assert_close, gnn, graph, step, uncompressed
 
-TWO = {**FAST, "bits": 2, "nonlinear_bits": 2}
-EIGHT = {**FAST, "bits": 8, "nonlinear_bits": 8}
+TWO = {**SAVED, "bits": 2, "nonlinear_bits": 2}
+EIGHT = {**SAVED, "bits": 8, "nonlinear_bits": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def _fresh():
 
 
 def codecs(model, *inputs, **options):
-    graphs = actcompile.explain(model, *inputs, options={**FAST, **options}).graphs
+    graphs = actcompile.explain(model, *inputs, options={**SAVED, **options}).graphs
     return {row.name: row.codec for g in graphs for row in g.rows if row.codec.startswith("quantize")}
 
 
@@ -114,7 +114,7 @@ class Encoded(nn.Module):
 @pytest.mark.parametrize("bits", [2, 8])
 def test_what_a_linear_layer_returns_has_its_own_statistics(bits, dynamic):
     model, x = Encoded(), torch.randn(256, 16)
-    options = {**FAST, "bits": bits}
+    options = {**SAVED, "bits": bits}
     with_it, without = (codecs(model, x, **options, standardise=on) for on in (True, False))
     assert ["standardised" in codec for codec in with_it.values()] == [True]
     assert ["standardised" in codec for codec in without.values()] == [False]
@@ -133,7 +133,7 @@ def test_what_a_linear_layer_returns_has_its_own_statistics(bits, dynamic):
 def test_the_mean_of_gradients_through_own_statistics_is_exact():
     """False alarm: |z| of 128 elements passes 5 with 7e-5."""
     model, x = Encoded(), torch.randn(256, 16)
-    compiled = torch.compile(model, backend="actcompile", options={**FAST, "bits": 2})
+    compiled = torch.compile(model, backend="actcompile", options={**SAVED, "bits": 2})
     parameters = list(model.last.parameters())
     draws = torch.stack([step(compiled, [x], parameters, seed)[1] for seed in range(200)]).double()
     exact = step(model, [x], parameters)[1]
@@ -143,10 +143,10 @@ def test_the_mean_of_gradients_through_own_statistics_is_exact():
 
 def test_own_statistics_are_counted_and_dead_code_goes():
     model, x = Encoded(), torch.randn(256, 16)
-    (ours,) = actcompile.explain(model, x, options={**FAST, "bits": 8}).graphs
+    (ours,) = actcompile.explain(model, x, options={**SAVED, "bits": 8}).graphs
     (row,) = (r for r in ours.rows if "standardised" in r.codec)
-    assert row.bytes_after == 256 * 32 + 8 * (256 * 32 // 256) + 2 * 4 * 32
-    (exact,) = actcompile.explain(model, x, options={**FAST, "bits": None, "nonlinear_bits": None}).graphs
+    assert row.bytes_after == 256 * 32 + 4 * (256 * 32 // 64) + 2 * 4 * 32
+    (exact,) = actcompile.explain(model, x, options={**SAVED, "bits": None, "nonlinear_bits": None}).graphs
     assert "rsqrt" not in exact.forward
 
 
