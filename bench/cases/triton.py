@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from actcompile import Config
 from actcompile.kernels import BlockFormat
 from actcompile.kernels.format import LEVELS
 from bench import sass
@@ -16,7 +17,8 @@ from bench.registry import Options, case
 from bench.results import show
 
 H100 = {"multiprocessors": 132, "schedulers": 4, "lanes": 32, "hertz": 1.7e9, "bytes_per_second": 3.35e12}
-BLOCK, WORDS = 256, 16  # the default block; booleans in groups of 512
+BLOCK, METADATA = Config().block, torch.bfloat16  # the defaults
+WORDS = 16  # of booleans, in groups of 512
 BITS = (1, 2, 4, 8)
 
 
@@ -40,9 +42,9 @@ def _kernels(quick: bool) -> dict[str, tuple[Callable[[int], sass.MachineCode], 
     kernels: dict[str, tuple[Callable[[int], sass.MachineCode], float]] = {}
     for bits in (2,) if quick else BITS:
         for levels in LEVELS[:1] if bits == 1 else LEVELS:
-            fmt = BlockFormat(bits, BLOCK, levels)
+            fmt = BlockFormat(bits, BLOCK, levels, METADATA)
             for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
-                moved = dtype.itemsize + fmt.nbytes(BLOCK) / BLOCK
+                moved = dtype.itemsize + fmt.nbytes(fmt.group) / fmt.group
                 what = f"{bits} bits, {levels}, {str(dtype).removeprefix('torch.')}"
                 kernels[f"quantize, {what}"] = partial(sass.quantize_code, fmt, dtype), moved
                 kernels[f"dequantize, {what}"] = partial(sass.dequantize_code, fmt, dtype), moved
@@ -106,7 +108,7 @@ def run_on_gpu(options: Options) -> dict[str, Any]:
         runs: dict[str, Callable[[], Any]] = {"copy": partial(y.copy_, x)}
         correct = True
         for bits in BITS:
-            fmt = BlockFormat(bits, BLOCK)
+            fmt = BlockFormat(bits, BLOCK, metadata=METADATA)
             fields = fmt.bits, fmt.block, fmt.levels, fmt.metadata, fmt.words
             small = x[:1000]
             ours, truth = quantize(small, seed, 0, *fields), quantize_reference(small, seed, 0, fmt)

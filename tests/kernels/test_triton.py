@@ -77,6 +77,7 @@ def test_importing_the_kernels_does_not_import_the_triton_kernels():
 
 GPU_FORMATS = [
     BlockFormat(),
+    BlockFormat(2, 64, "variance-minimising", torch.bfloat16),
     BlockFormat(1),
     BlockFormat(4, 256, FITTED),
     BlockFormat(8, 100, FITTED, torch.bfloat16),

@@ -9,6 +9,7 @@ from bench import sass
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 ARCHITECTURES = (80, 90)
 FITTED = BlockFormat(2, 256, "variance-minimising")
+DEFAULT = BlockFormat(2, 64, "variance-minimising", torch.bfloat16)
 SEED_LOADS = 2
 
 
@@ -26,6 +27,9 @@ def check(code: sass.MachineCode, registers: int) -> None:
         (BlockFormat(2), torch.float32, 16, 128),
         (BlockFormat(2), torch.bfloat16, 16, 128),
         (FITTED, torch.float32, 16, 128),
+        (DEFAULT, torch.float32, 16, 168),
+        (DEFAULT, torch.bfloat16, 16, 248),
+        (BlockFormat(4, 64, "variance-minimising", torch.bfloat16), torch.float32, 16, 128),
         (BlockFormat(2, 32, metadata=torch.bfloat16), torch.float32, 16, 168),
         (BlockFormat(1), torch.float32, 16, 168),
         (BlockFormat(1), torch.bfloat16, 8, 168),
@@ -45,7 +49,14 @@ def test_quantize(fmt, dtype, width, registers, arch):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("fmt", "dtype"), [(BlockFormat(2), torch.float32), (BlockFormat(2), torch.bfloat16), (FITTED, torch.float32)]
+    ("fmt", "dtype"),
+    [
+        (BlockFormat(2), torch.float32),
+        (BlockFormat(2), torch.bfloat16),
+        (FITTED, torch.float32),
+        (DEFAULT, torch.float32),
+        (DEFAULT, torch.bfloat16),
+    ],
 )
 def test_dequantize(fmt, dtype, arch):
     code = sass.dequantize_code(fmt, dtype, arch)
