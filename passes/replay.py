@@ -5,7 +5,8 @@ anyway. So backward can compute them again, exactly, at the cost of that layer's
 layers before them again, too, and a dropout's decisions; those are rounded instead.
 
 What may be done again is bounded twice: by one layer's depth (no product of a product, no aggregate of an aggregate),
-and by a share of the forward's work, so that a wide first layer is not paid for twice.
+and by a share of the forward's work, so that a wide first layer is not paid for twice. Within the share, what spares
+the most bytes for the work goes first.
 """
 
 from collections.abc import Collection, Iterable
@@ -67,18 +68,30 @@ def replay(split: Split, activations: Iterable[SavedActivation], share: float) -
     activations = list(activations)
     exact = {n for n, _ in split.pairs if is_tensor(n)} - {a.node for a in activations}
     depths = _depths(split, exact)
-    whole = sum(map(work, split.forward.graph.nodes))
-    budget = share * whole
+    shares = _chosen([a for a in activations if a.node in depths], exact, split, share)
     copies: dict[fx.Node, fx.Node] = {}
-    done = []
-    for activation in sorted((a for a in activations if a.node in depths), key=lambda a: first_use(a.placeholder)):
-        nodes = _cone(activation.node, exact, copies)
-        cost = sum(map(work, nodes))
-        if cost <= budget:
-            budget -= cost
-            _copy(split, activation, nodes, copies)
-            done.append(Replayed(activation, cost / max(whole, 1.0)))
-    return done
+    for activation in (found := sorted(shares, key=lambda a: first_use(a.placeholder))):
+        _copy(split, activation, _cone(activation.node, exact, copies), copies)
+    return [Replayed(activation, shares[activation]) for activation in found]
+
+
+def _chosen(
+    candidates: list[SavedActivation], exact: Collection[fx.Node], split: Split, share: float
+) -> dict[SavedActivation, float]:
+    """Those that fit the share together, with what each takes of it; the most bytes for the work first."""
+    whole = max(sum(map(work, split.forward.graph.nodes)), 1.0)
+    planned: set[fx.Node] = set()
+    chosen: dict[SavedActivation, float] = {}
+    while candidates:
+        cones = {a: _cone(a.node, exact, planned) for a in candidates}
+        costs = {a: sum(map(work, cone)) / whole for a, cone in cones.items()}
+        candidates = [a for a in candidates if sum(chosen.values()) + costs[a] <= share]
+        if candidates:
+            best = max(candidates, key=lambda a: a.nbytes / max(costs[a], 1e-9))
+            chosen[best] = costs[best]
+            planned.update(cones[best])
+            candidates.remove(best)
+    return chosen
 
 
 def work(node: fx.Node) -> float:
