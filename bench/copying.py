@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import actcompile.kernels  # noqa: F401  registers the ops
+from actcompile.config import METADATA, Config
 from actcompile.kernels import BlockFormat
 from actcompile.kernels.quantize import dequantize_reference, quantize_reference
 from actcompile.passes import loops_decode, loops_encode  # noqa: F401  register the lowerings
@@ -37,7 +38,7 @@ def measure(rows: int, width: int, block: int, levels: Any, steps: int) -> dict[
     """Medians of alternating runs, in milliseconds, after a check of a few rows against the reference."""
     torch._dynamo.reset()  # every format shares this function, and with it a limit of eight compilations
     x = torch.randn(rows, width)
-    fmt = block_format(width, 2, block, levels)
+    fmt = block_format(width, 2, block, levels, METADATA[Config().metadata])
     seed = torch.ops.actcompile.draw_seed(1, x.device)
     encode = torch.compile(lambda x, seed: torch.ops.actcompile.quantize(x, seed, 0, *fields(fmt)), dynamic=False)
     encoded = encode(x, seed)

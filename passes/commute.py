@@ -17,7 +17,6 @@ Nothing is differentiated here: `L^T` is what backward applies already. It is co
 moved to before the product. The gradients are those of before, but for the order in which floats are added.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -27,14 +26,12 @@ from torch import fx
 from . import _torch
 from .find import SavedActivation, dense_order, module_path
 from .rebuild import computable
-from .split import Split, call, is_tensor, writes
+from .rows import TRANSPOSED, Map, Names, extend, row_op, terms
+from .split import Split, call, writes
 
 aten = torch.ops.aten
 
 LONGEST = 16  # ops of a map of rows
-TRANSPOSED = {"take": "sum", "sum": "take", "mul": "mul", "div": "div"}
-Map = Counter[tuple[tuple[str, object], ...]]
-"""A map of rows as a sum of products. The factors of each, first to last, are kinds of `_RowOp` and what they go by."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def commute(split: Split, activations: Iterable[SavedActivation], kind: Callable
     Returns:
         those that went. What they were mapped from is saved already, or is saved now and left to `rebuild`.
     """
-    names = _Names(split)
+    names = Names(split)
     made = []
     for activation in activations:
         product = _product(activation)
@@ -127,191 +124,26 @@ def _transposed(node: object) -> fx.Node | None:
     return None
 
 
-class _Names:
-    """The same name for all nodes, of both graphs, that have the same value."""
-
-    def __init__(self, split: Split) -> None:
-        self.origin = split.origin()
-        self.known: dict[fx.Node, str] = {}
-        self.short: dict[str, str] = {}
-
-    def of(self, value: object) -> object:
-        if not isinstance(value, fx.Node):
-            return value
-        if value not in self.known:
-            self.known[value] = self._find(value)
-        return self.known[value]
-
-    def maker(self, value: object) -> object:
-        """The forward node that a backward input has the value of; others as they are."""
-        return self.origin.get(value, value) if isinstance(value, fx.Node) else value
-
-    def of_rows(self, by: object) -> object:
-        """The name of an index, whether it is a column or not; those of other values as they are."""
-        maker = self.maker(by)
-        match maker:
-            case fx.Node(target=aten.view.default | aten.unsqueeze.default, args=(rows, *_)) if _index(rows):
-                return self.of(rows)
-        return self.of(maker)
-
-    def _find(self, node: fx.Node) -> str:
-        if node in self.origin:
-            return str(self.of(self.origin[node]))
-        target = node.target
-        own = f"%{id(node)}"
-        if not isinstance(target, torch._ops.OpOverload) or writes(node):
-            return own  # an input, say
-        if torch.Tag.nondeterministic_seeded in target.tags:
-            return own
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Verbatim(self.of(n)))
-        return self.short.setdefault(f"{target} {args} {kwargs}", own)
-
-
-class _Verbatim(str):
-    """A name among arguments: printed without quotes, unlike strings that are arguments themselves."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-@dataclass(frozen=True)
-class _RowOp:
-    """A node that maps the rows of a matrix.
-
-    kind: "take", for the rows that the index `by` names; "sum", where row k is added to row `by[k]` of zeros; "mul" and
-    "div", with one number for each row or one for all. An index may be a column.
-    """
-
-    kind: str
-    matrix: fx.Node
-    by: fx.Node | float
-
-
-def _row_op(node: fx.Node, names: _Names) -> _RowOp | None:
-    found: tuple[str, object, fx.Node | float | None] | None = None
-    match node:
-        case fx.Node(target=aten.index.Tensor, args=(matrix, [index])):
-            found = "take", matrix, _index(index)
-        case fx.Node(target=aten.index_select.default, args=(matrix, 0, index)):
-            found = "take", matrix, _index(index)
-        case fx.Node(target=aten.gather.default, args=(matrix, 0, index)):
-            found = "take", matrix, _unexpanded(index)
-        case fx.Node(target=aten.index_put.default, args=(zeros, [index], matrix, True)) if _is_zero(zeros, names):
-            found = "sum", matrix, _index(index)
-        case fx.Node(target=aten.index_add.default, args=(zeros, 0, index, matrix)) if _is_zero(zeros, names):
-            found = "sum", matrix, _index(index)
-        case fx.Node(target=aten.scatter_add.default, args=(zeros, 0, index, matrix)) if _is_zero(zeros, names):
-            found = "sum", matrix, _unexpanded(index) if _same_shape(index, matrix) else None
-        case fx.Node(target=aten.mul.Tensor, args=(a, b)):
-            matrix, factor = (a, b) if _factor(b) is not None else (b, a)
-            found = "mul", matrix, _factor(factor)
-        case fx.Node(target=aten.div.Tensor, args=(matrix, factor)):
-            found = "div", matrix, _factor(factor)
-    if found is None or node.kwargs or not _is_matrix(node):
-        return None
-    kind, mapped, by = found
-    if by is None or not isinstance(mapped, fx.Node) or not _is_matrix(mapped):
-        return None
-    if not _torch.known_true(node.meta["val"].shape[1] == mapped.meta["val"].shape[1]):
-        return None  # a gather of some columns, say
-    if kind in ("mul", "div") and not _same_shape(node, mapped):
-        return None
-    if kind == "sum" and not _torch.known_true(by.meta["val"].shape[0] == mapped.meta["val"].shape[0]):  # type: ignore[union-attr]
-        return None  # one row, put at several places
-    return _RowOp(kind, mapped, by)
-
-
-def _same_shape(*values: object) -> bool:
-    """Whether tensors have the same shape, at all sizes; makes no guards."""
-    shapes = [v.meta["val"].shape for v in values if isinstance(v, fx.Node) and is_tensor(v)]
-    if len(shapes) < len(values) or len({len(shape) for shape in shapes}) > 1:
-        return False
-    return all(_torch.known_true(a == b) for shape in shapes[1:] for a, b in zip(shapes[0], shape, strict=True))
-
-
-def _is_matrix(value: object) -> bool:
-    return isinstance(value, fx.Node) and is_tensor(value) and value.meta["val"].dim() == 2
-
-
-def _index(value: object) -> fx.Node | None:
-    """An index of rows."""
-    if not isinstance(value, fx.Node) or not is_tensor(value):
-        return None
-    index = value.meta["val"]
-    return value if index.dim() == 1 and index.dtype in (torch.int64, torch.int32) else None
-
-
-def _unexpanded(value: object) -> fx.Node | None:
-    """The index of rows that was expanded to one of elements, as a column."""
-    column = _before_expand(value)
-    if not isinstance(column, fx.Node) or not is_tensor(column):
-        return None
-    shape = column.meta["val"].shape
-    return column if len(shape) == 2 and _torch.known_true(shape[1] == 1) else None
-
-
-def _factor(value: object) -> fx.Node | float | None:
-    """One number for each row, or one for all."""
-    value = _before_expand(value)
-    if isinstance(value, (int, float)):
-        return float(value)
-    if not isinstance(value, fx.Node) or not is_tensor(value) or not value.meta["val"].is_floating_point():
-        return None
-    shape = value.meta["val"].shape
-    return value if len(shape) <= 2 and (not shape or _torch.known_true(shape[-1] == 1)) else None
-
-
-def _before_expand(value: object) -> object:
-    while isinstance(value, fx.Node) and value.target is aten.expand.default:
-        value = value.args[0]
-    return value
-
-
-def _is_zero(value: object, names: _Names) -> bool:
-    match names.maker(value):
-        case fx.Node(target=aten.full.default, args=(_, 0 | 0.0)):
-            return True
-    return False
-
-
-def _terms(node: fx.Node, names: _Names) -> list[tuple[fx.Node, tuple[tuple[str, object], ...]]]:
-    """The matrices that a node is the sum of, each with how it maps it; none where it does something else."""
-    if node.target in (aten.add.Tensor, aten.expand.default) and not node.kwargs:
-        matrices = [a for a in node.args if _is_matrix(a) and _same_shape(a, node)]
-        expected = 2 if node.target is aten.add.Tensor else 1
-        return [(a, ()) for a in matrices] if len(matrices) == expected else []  # type: ignore[misc]
-    op = _row_op(node, names)
-    return [] if op is None else [(op.matrix, ((op.kind, names.of_rows(op.by)),))]
-
-
-def _extend(maps: dict[fx.Node, Map], node: fx.Node, names: _Names) -> None:
-    """Adds the map of a node to those of its terms."""
-    maps[node] = Map()
-    for term, steps in _terms(node, names):
-        for product, times in maps[term].items():
-            maps[node][product + steps] += times
-
-
-def _sources(node: fx.Node, names: _Names) -> Iterator[tuple[fx.Node, Map]]:
+def _sources(node: fx.Node, names: Names) -> Iterator[tuple[fx.Node, Map]]:
     """The forward nodes that a node is mapped from, nearest first, with the map."""
     inside: list[fx.Node] = []
     border = {node}
     while len(inside) < LONGEST:
         latest = max(border)  # all that is mapped from it is inside
-        terms = _terms(latest, names)
-        if not terms:
+        summands = terms(latest, names)
+        if not summands:
             return
         inside.append(latest)
-        border = (border - {latest}) | {term for term, _ in terms}
+        border = (border - {latest}) | {term for term, _ in summands}
         if len(border) == 1:
             (source,) = border
             maps = {source: Map([()])}
             for mapped in reversed(inside):
-                _extend(maps, mapped, names)
+                extend(maps, mapped, names)
             yield source, maps[node]
 
 
-def _find_transpose(product: _Product, mapped: Map, names: _Names) -> _Back | None:
+def _find_transpose(product: _Product, mapped: Map, names: Names) -> _Back | None:
     """Finds the transpose of a map, applied by backward to the product of the same gradient with weights."""
     wanted = Map()
     for steps, times in mapped.items():
@@ -324,10 +156,10 @@ def _find_transpose(product: _Product, mapped: Map, names: _Names) -> _Back | No
         while todo and len(nodes) < LONGEST:
             node = min(todo)
             todo.remove(node)
-            terms = _terms(node, names)
-            if not terms or any(term not in maps for term, _ in terms):
+            summands = terms(node, names)
+            if not summands or any(term not in maps for term, _ in summands):
                 break
-            _extend(maps, node, names)
+            extend(maps, node, names)
             nodes.append(node)
             if maps[node] == wanted and not todo:
                 return _Back(start, nodes)
@@ -357,7 +189,7 @@ def _fits(
     return _alive(split, source) or (new and computable(split, source))
 
 
-def _move(split: Split, source: fx.Node, product: _Product, back: _Back, names: _Names) -> None:
+def _move(split: Split, source: fx.Node, product: _Product, back: _Back, names: Names) -> None:
     """Maps the gradient instead of the product, and takes both products from the result."""
     graph, last = split.backward.graph, back.nodes[-1]
     saved = next((p for node, p in split.pairs if node is source), None)
@@ -381,13 +213,13 @@ def _move(split: Split, source: fx.Node, product: _Product, back: _Back, names: 
     _move_behind(weights)
 
 
-def _copy(split: Split, node: fx.Node, made: dict[fx.Node, fx.Node], names: _Names) -> fx.Node:
+def _copy(split: Split, node: fx.Node, made: dict[fx.Node, fx.Node], names: Names) -> fx.Node:
     """Makes a node of backward's map again, for a gradient that may have another width."""
     graph, value = split.backward.graph, node.meta["val"]
-    op = _row_op(node, names)
+    op = row_op(node, names)
     if op is None:
-        terms = [made[term] for term, _ in _terms(node, names)]
-        return terms[0] if len(terms) == 1 else call(graph, aten.add.Tensor, *terms, like=node)
+        summands = [made[term] for term, _ in terms(node, names)]
+        return summands[0] if len(summands) == 1 else call(graph, aten.add.Tensor, *summands, like=node)
     matrix, by = made[op.matrix], op.by
     if op.kind in ("take", "sum") and by.meta["val"].dim() == 2:  # type: ignore[union-attr]
         by = call(graph, aten.squeeze.dims, by, [1], like=node)

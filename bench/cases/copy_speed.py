@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from actcompile import Config
 from bench.pool import TIMING_ALLOCATOR
 from bench.registry import Options, case
 from bench.results import show
@@ -21,7 +22,7 @@ ODD_WIDTHS = (47, 100)
 @case("copy-speed", "2-bit quantise and dequantise of 169,344 x 256 floats against copy_, blocks 16 to 4096")
 def run(options: Options) -> dict[str, Any]:
     formats: list[tuple[int, int, str]] = [(256, block, "uniform") for block in BLOCKS]
-    formats += [(256, 256, "variance-minimising")] + [(width, 256, "uniform") for width in ODD_WIDTHS]
+    formats += [(width, Config().block, "variance-minimising") for width in (256, *ODD_WIDTHS)]  # as by default
     settings = {
         "rows": 1_000 if options.quick else 169_344,
         "steps": options.steps or 25,
