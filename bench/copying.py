@@ -85,7 +85,7 @@ def fields(fmt: BlockFormat) -> tuple[Any, ...]:
 
 
 def bits(words: Tensor) -> Tensor:
-    return words.contiguous().view(torch.int32)
+    return words.contiguous().view(torch.uint8)
 
 
 if __name__ == "__main__":
