@@ -16,29 +16,29 @@ import torch
 from torch import Tensor
 
 import actcompile.kernels  # noqa: F401  registers the ops
-from actcompile.config import METADATA, Config
+from actcompile.config import METADATA
 from actcompile.kernels import BlockFormat
 from actcompile.kernels.quantize import dequantize_reference, quantize_reference
 from actcompile.passes import loops_decode, loops_encode  # noqa: F401  register the lowerings
 from actcompile.passes.plan import block_format
 
-Formats = list[tuple[int, int, str]]  # width, block asked for, levels
+Formats = list[tuple[int, int, str, str]]  # width, block asked for, levels, metadata
 
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
     results = []
-    for width, block, levels in settings["formats"]:
-        results.append(measure(settings["rows"], width, block, levels, settings["steps"]))
+    for width, block, levels, metadata in settings["formats"]:
+        results.append(measure(settings["rows"], width, block, levels, metadata, settings["steps"]))
         print(json.dumps(results[-1]), flush=True)
 
 
-def measure(rows: int, width: int, block: int, levels: Any, steps: int) -> dict[str, Any]:
+def measure(rows: int, width: int, block: int, levels: str, metadata: str, steps: int) -> dict[str, Any]:
     """Medians of alternating runs, in milliseconds, after a check of a few rows against the reference."""
     torch._dynamo.reset()  # every format shares this function, and with it a limit of eight compilations
     x = torch.randn(rows, width)
-    fmt = block_format(width, 2, block, levels, METADATA[Config().metadata])
+    fmt = block_format(width, 2, block, levels, METADATA[metadata])
     seed = torch.ops.actcompile.draw_seed(1, x.device)
     encode = torch.compile(lambda x, seed: torch.ops.actcompile.quantize(x, seed, 0, *fields(fmt)), dynamic=False)
     encoded = encode(x, seed)
@@ -73,6 +73,7 @@ def measure(rows: int, width: int, block: int, levels: Any, steps: int) -> dict[
         "block": fmt.block,
         "words": fmt.words,
         "levels": levels,
+        "metadata": metadata,
         "correct": same,
         "milliseconds": medians,
         "quantize_speed": medians["copy"] / medians["quantize"],

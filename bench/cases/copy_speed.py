@@ -21,8 +21,10 @@ ODD_WIDTHS = (47, 100)
 
 @case("copy-speed", "2-bit quantise and dequantise of 169,344 x 256 floats against copy_, blocks 16 to 4096")
 def run(options: Options) -> dict[str, Any]:
-    formats: list[tuple[int, int, str]] = [(256, block, "uniform") for block in BLOCKS]
-    formats += [(width, Config().block, "variance-minimising") for width in (256, *ODD_WIDTHS)]  # as by default
+    formats: list[tuple[int, int, str, str]] = [(256, block, "uniform", "float32") for block in BLOCKS]
+    default = Config()
+    formats += [(width, default.block, "variance-minimising", default.metadata) for width in (256, *ODD_WIDTHS)]
+    formats += [(width, 256, "uniform", "float32") for width in ODD_WIDTHS]
     settings = {
         "rows": 1_000 if options.quick else 169_344,
         "steps": options.steps or 25,
@@ -40,8 +42,8 @@ def run(options: Options) -> dict[str, Any]:
                 progress.advance(task)
     if worker.returncode or not results:
         raise RuntimeError(f"bench.copying ended with {worker.returncode}")
-    header = ["width", "block", "levels", "right", "copy_ ms", "quantise ms", "copy / quantise", "dequantise ms",
-              "copy / dequantise", "target"]  # fmt: skip
+    header = ["width", "block", "levels", "ends", "right", "copy_ ms", "quantise ms", "copy / quantise",
+              "dequantise ms", "copy / dequantise", "target"]  # fmt: skip
     rows = [_row(r) for r in results]
     show(options.console, "times as fast as copy_, medians of alternating runs, 2 threads", header, rows)
     return {
@@ -69,6 +71,7 @@ def _row(r: dict[str, Any]) -> list[str]:
         str(r["width"]),
         str(r["block"]),
         r["levels"],
+        r["metadata"],
         "yes" if r["correct"] else "NO",
         f"{ms['copy']:.1f}",
         f"{ms['quantize']:.1f}",
