@@ -120,7 +120,7 @@ def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, D
     for activation in activations:
         dependence = dependences.get(activation.placeholder)
         codec, reason = choose(activation, dependence, policy.for_module(activation.module))
-        if root(activation.node) in units and activation.value.is_floating_point():
+        if not isinstance(codec, Keep) and root(activation.node) in units and activation.value.is_floating_point():
             codec, reason = Keep(), "others are rounded in its units: kept exact"
         if isinstance(codec, Keep):
             nbytes = activation.nbytes

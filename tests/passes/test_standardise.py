@@ -223,3 +223,11 @@ def test_infinities_still_show():
 def test_the_field_is_checked():
     with pytest.raises(TypeError, match="standardise must be True or False, got 1"):
         actcompile.Config(standardise=1)
+
+
+def test_the_units_themselves_stay_exact():
+    """With no least size, the norm's statistics could be rounded, too, and all that is decoded with them."""
+    (made,) = actcompile.explain(gnn("sage"), *graph(nodes=256, edges=1024), options={**SAVED, "min_bytes": 64}).graphs
+    assert any("standardised" in row.codec for row in made.rows)
+    assert any("in its units" in row.reason for row in made.rows)
+    assert all(row.codec == "keep" for row in made.rows if "rsqrt" in row.name)
