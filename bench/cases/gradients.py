@@ -49,11 +49,11 @@ FAMILIES: dict[str, dict[str, Fields]] = {
         "smallest": {"preset": "smallest"},
         "1 bit, D/R 4": {"nonlinear_bits": 1, "projection": 4},
         "2 bits, D/R 4": {"projection": 4},
-        "no-replay": OURS["no-replay"][1],
         "default": {},
         "4-bit": {"bits": 4},
         "8-bit": {"bits": 8},
     },
+    "actcompile, replay=0": {"no-replay": OURS["no-replay"][1]},
     "other codecs": {name: OURS[name][1] for name in ("bf16", "e4m3", "prune-8", "low-rank-8", "rows-8")},
 }
 ABLATION: dict[str, Fields] = {
