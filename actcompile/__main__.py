@@ -116,6 +116,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--levels", choices=["auto", *LEVELS])
     group.add_argument("--metadata", choices=list(METADATA))
     group.add_argument("--min-bytes", type=int)
+    group.add_argument("--replay", type=float, metavar="SHARE")
     group.add_argument(
         "--rule",
         dest="rules",
@@ -128,7 +129,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(given: argparse.Namespace) -> Config:
-    names = ("bits", "nonlinear_bits", "block", "levels", "metadata", "min_bytes", "rules", "inner")
+    names = ("bits", "nonlinear_bits", "block", "levels", "metadata", "min_bytes", "replay", "rules", "inner")
     fields: dict[str, Any] = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     for name in ("bits", "nonlinear_bits"):
         if name in fields and fields[name] != "auto":

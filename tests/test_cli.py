@@ -144,6 +144,7 @@ def test_explain_a_model_of_pyg_at_a_size_that_no_machine_holds(capsys: pytest.C
         (["{file}:Net"], "gives no inputs"),
         (["no_such_package:Net"], "No module named 'no_such_package'"),
         (["{file}:make", "--block", "3"], "block must be an integer of at least 8"),
+        (["{file}:make", "--replay", "2"], "replay must be a number from 0 to 1"),
     ],
 )
 def test_explain_says_what_is_wrong(
