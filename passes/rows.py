@@ -81,6 +81,7 @@ class RowOp:
 
 
 def row_op(node: fx.Node, names: Names) -> RowOp | None:
+    """How a node maps the rows of a matrix, or None where it does something else."""
     found: tuple[str, object, fx.Node | float | None] | None = None
     match node:
         case fx.Node(target=aten.index.Tensor, args=(matrix, [index])):
