@@ -8,6 +8,7 @@ the real adjacency, outside of the graph, and is said once.
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable
@@ -93,6 +94,13 @@ class Adjacency(torch.Tensor):
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
         return self._value.requires_grad
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adjacency:
+        if id(self) not in memo:
+            made = memo[id(self)] = _stand_in(torch.Tensor.size(self))
+            for name, value in vars(self).items():
+                setattr(made, name, copy.deepcopy(value, memo))
+        return memo[id(self)]
 
     def __repr__(self) -> str:
         return f"traceable({to_sparse(self)!r})"
@@ -223,6 +231,7 @@ HANDLERS: dict[Any, Handler] = {
     torch.Tensor.is_coalesced: _COO(lambda a: True),
     torch.Tensor._coalesced_: _COO(lambda a, value: a if value else NotImplemented),
     torch.Tensor.to_sparse_csr: _ANY(_to_csr),
+    torch.Tensor.clone: _ANY(lambda a: with_values(a, a._value.clone())),
     torch.Tensor.detach: _ANY(lambda a: with_values(a, a._value.detach())),
     torch.sparse.mm: _product,
     torch.spmm: _product,
@@ -241,16 +250,26 @@ _torch.dispatch_in_traces(torch.sparse.mm)
 
 
 def is_sparse(value: Any) -> bool:
-    """Whether a value is a torch.sparse tensor of a layout that has a stand-in."""
-    return isinstance(value, Tensor) and not isinstance(value, Adjacency) and value.layout in HANDLED
+    """Whether a value is a torch.sparse tensor."""
+    return isinstance(value, Tensor) and not isinstance(value, Adjacency) and value.layout is not torch.strided
+
+
+def refusal(matrix: Tensor) -> str | None:
+    """Why a torch.sparse tensor has no stand-in, or None where it has."""
+    if matrix.layout not in HANDLED:
+        return f"its layout is {matrix.layout}; give it one of COO, CSR and CSC"
+    if matrix.sparse_dim() != 2 or (matrix.layout != torch.sparse_coo and matrix.values().dim() != 1 + matrix.dense_dim()):
+        return f"it has the shape {tuple(matrix.shape)} and is no sparse matrix"
+    if matrix.layout == torch.sparse_coo and not matrix.is_coalesced():
+        return "it is not coalesced; pass adjacency.coalesce()"
+    return None
 
 
 def from_sparse(matrix: Tensor, others: Tensor | None = None, counted: bool = False) -> Adjacency:
     """The stand-in of a torch.sparse matrix; shares its memory, and hands gradients on to it."""
     # Not as views: Dynamo would trace their base, too, which is the matrix itself.
     value = matrix.values().clone() if matrix.requires_grad and torch.is_grad_enabled() else matrix.values().detach()
-    size = matrix.shape
-    made: Any = torch.Tensor._make_subclass(Adjacency, torch.empty_strided(size, (0,) * len(size), device="meta"))
+    made: Any = _stand_in(matrix.shape)
     made._layout, made._value, made._others, made._counted = matrix.layout, value, others, counted
     if matrix.layout == torch.sparse_coo:
         made._pointer, made._index = None, matrix.indices().detach()
@@ -259,6 +278,10 @@ def from_sparse(matrix: Tensor, others: Tensor | None = None, counted: bool = Fa
     else:
         made._pointer, made._index = matrix.ccol_indices().detach(), matrix.row_indices().detach()
     return made
+
+
+def _stand_in(size: torch.Size) -> Any:
+    return torch.Tensor._make_subclass(Adjacency, torch.empty_strided(size, (0,) * len(size), device="meta"))
 
 
 def to_sparse(adjacency: Adjacency) -> Tensor:
@@ -277,23 +300,27 @@ def _outside(func: Any, args: Any, kwargs: Any) -> Any:
     """Calls a function with the real matrices; what it makes of them is handed on as stand-ins."""
     _say_once(func)
     args, kwargs = _torch.pytree.tree_map_only(Adjacency, to_sparse, (args, kwargs))
-    return _torch.pytree.tree_map(lambda v: from_sparse(v) if is_sparse(v) else v, func(*args, **kwargs))
-
-
-_said: set[str] = set()
+    result = func(*args, **kwargs)
+    return _torch.pytree.tree_map(lambda v: from_sparse(v) if is_sparse(v) and not refusal(v) else v, result)
 
 
 def _say_once(func: Any) -> None:
-    name = getattr(func, "__name__", str(func))
-    if name not in _said:
-        _said.add(name)
-        where = _layer()
-        warnings.warn(
-            f"{where}{name} of a sparse adjacency is not traced: it runs outside of the compiled graph, and what it "
-            "saves for backward is not compressed. Pass edge_index, edge_weight = actcompile.edges_of(adjacency) "
-            "instead, if the layer takes them",
-            stacklevel=4,
-        )
+    warn_once(
+        f"{_layer()}{getattr(func, '__name__', func)} of a sparse adjacency is not traced: it runs outside of the "
+        f"compiled graph, and what it saves for backward is not compressed. {INSTEAD}"
+    )
+
+
+INSTEAD = (
+    "Pass edge_index, edge_weight = actcompile.edges_of(adjacency) to the layer instead, if it treats both alike"
+)
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=4)
 
 
 def _layer() -> str:

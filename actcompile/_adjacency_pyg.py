@@ -6,7 +6,6 @@ replacement here, which Dynamo takes for an `Adjacency` only; all else goes thro
 
 from __future__ import annotations
 
-import functools
 import sys
 import types
 from collections.abc import Callable
@@ -20,10 +19,12 @@ from actcompile.kernels import rows_of
 from ._adjacency import Adjacency, Pointer, columns, like, rows, with_values
 
 
-@functools.cache
+_taught: list[Any] = []
+
+
 def teach_dynamo() -> None:
-    """Registers the replacements, once PyTorch Geometric is imported."""
-    if "torch_geometric" not in sys.modules:
+    """Registers the replacements, if PyTorch Geometric is imported, and once."""
+    if _taught or "torch_geometric" not in sys.modules:
         return
     from torch_geometric import utils
 
@@ -37,6 +38,7 @@ def teach_dynamo() -> None:
         (utils.softmax, _softmax),
     ):
         _replace(original, replacement)
+        _taught.append(original)
 
 
 def _replace(original: Any, replacement: Callable[..., Any]) -> None:

@@ -94,6 +94,11 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(pointer, index, value, matrix if ctx.needs_input_grad[2] else None, entry)
 
 
+def _save_transposed(ctx, inputs, output):
+    pointer, index, value, matrix, _ = inputs
+    ctx.save_for_backward(pointer, index, value, matrix if ctx.needs_input_grad[2] else None)
+
+
 def _spmm_backward(ctx, grad):
     pointer, index, value, matrix, _ = ctx.saved_tensors
     grad_matrix = grad_value = None
@@ -102,6 +107,16 @@ def _spmm_backward(ctx, grad):
     if ctx.needs_input_grad[2]:
         grad_value = (grad[rows_of(pointer, index.shape[0])] * matrix[index]).sum(1)
     return None, None, grad_value, grad_matrix
+
+
+def _transposed_backward(ctx, grad):
+    pointer, index, value, matrix = ctx.saved_tensors
+    grad_matrix = grad_value = None
+    if ctx.needs_input_grad[3]:
+        grad_matrix = spmm(pointer, index, value, grad)
+    if ctx.needs_input_grad[2]:
+        grad_value = (matrix[rows_of(pointer, index.shape[0])] * grad[index]).sum(1)
+    return None, None, grad_value, grad_matrix, None
 
 
 def _extremum_backward(ctx, grad, _):
@@ -120,4 +135,5 @@ def _extremum_backward(ctx, grad, _):
 
 
 spmm.register_autograd(_spmm_backward, setup_context=_save)
+spmm_transposed.register_autograd(_transposed_backward, setup_context=_save_transposed)
 spmm_extremum.register_autograd(_extremum_backward, setup_context=_save)

@@ -23,7 +23,13 @@ aten = torch.ops.aten
 
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 TAKES = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default)
-SUMS = (aten.scatter_add.default, aten.index_put.default, aten.index_add.default)
+SUMS = (
+    aten.scatter_add.default,
+    aten.index_put.default,
+    aten.index_add.default,
+    torch.ops.actcompile.spmm.default,
+    torch.ops.actcompile.spmm_transposed.default,
+)
 MAKERS = (aten.full.default, aten.cat.default, aten.arange.start_step, torch.ops.prims.iota.default)
 INTENSITY = 16  # floating-point operations that take as long as moving one byte
 
