@@ -88,6 +88,10 @@ class Adjacency(torch.Tensor):
         return self._value.is_cuda
 
     @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return self._value.is_meta
+
+    @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self._value.dtype
 
@@ -128,6 +132,13 @@ def columns(adjacency: Adjacency) -> Tensor:
     if adjacency._layout == torch.sparse_csc:
         return rows_of(adjacency._pointer, adjacency._index.shape[0])
     return adjacency._index
+
+
+def pointer_to(row: Tensor, number: int) -> Tensor:
+    """The pointer of `number` rows to entries that are in the order of rows."""
+    # torch._convert_indices_from_coo_to_csr would make the graph hold for this number only.
+    edge = torch.arange(number + 1, dtype=row.dtype, device=row.device)
+    return torch.searchsorted(row, edge, out_int32=row.dtype == torch.int32)
 
 
 def like(adjacency: Adjacency, layout: torch.layout, pointer: Any, index: Tensor, value: Tensor) -> Adjacency:
@@ -177,7 +188,7 @@ def _by_row(adjacency: Adjacency) -> Tensor:
     """The pointer of a matrix whose entries are in the order of rows."""
     if adjacency._pointer is not None:
         return adjacency._pointer
-    return torch._convert_indices_from_coo_to_csr(rows(adjacency), torch.Tensor.size(adjacency, 0))
+    return pointer_to(rows(adjacency), torch.Tensor.size(adjacency, 0))
 
 
 def _product(adjacency: Any, matrix: Any, reduce: str = "sum") -> Any:
@@ -306,7 +317,7 @@ def _outside(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _say_once(func: Any) -> None:
     warn_once(
-        f"{_layer()}{getattr(func, '__name__', func)} of a sparse adjacency is not traced: it runs outside of the "
+        f"{_layer()}{_name(func)} of a sparse adjacency is not traced: it runs outside of the "
         f"compiled graph, and what it saves for backward is not compressed. {INSTEAD}"
     )
 
@@ -321,6 +332,11 @@ def warn_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         warnings.warn(message, stacklevel=4)
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name  # an attribute's getter
 
 
 def _layer() -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actcompile.kernels import rows_of
 
-from ._adjacency import Adjacency, Pointer, columns, like, rows, with_values
+from ._adjacency import Adjacency, Pointer, columns, like, pointer_to, rows, with_values
 
 
 _taught: list[Any] = []
@@ -36,6 +36,7 @@ def teach_dynamo() -> None:
         (utils.add_self_loops, _add_self_loops),
         (utils.segment, _segment),
         (utils.softmax, _softmax),
+        (sys.modules["torch_geometric.index"].ptr2index, _ptr2index),
     ):
         _replace(original, replacement)
         _taught.append(original)
@@ -82,7 +83,7 @@ def _select(adj: Adjacency, entries: Tensor) -> Adjacency:
     if adj._layout == torch.sparse_coo:
         made = like(adj, adj._layout, None, adj._index[:, entries], adj._value[entries])
     else:
-        pointer = torch._convert_indices_from_coo_to_csr(rows(adj)[entries], torch.Tensor.size(adj, 0))
+        pointer = pointer_to(rows(adj)[entries], torch.Tensor.size(adj, 0))
         made = like(adj, adj._layout, pointer, adj._index[entries], adj._value[entries])
     made._counted = True
     return made
@@ -103,10 +104,10 @@ def _add_self_loops(edge_index: Adjacency, edge_attr: None = None, fill_value: A
         loops = loops + diagonal[:number]
         adj = _select(adj, adj._others)
     row, column, node = rows(adj), columns(adj), torch.arange(number, device=adj._value.device)
-    pointer = torch._convert_indices_from_coo_to_csr(row, size[0])
+    pointer = pointer_to(row, size[0])
     place = torch.arange(row.shape[0], device=row.device) + row.clamp(max=number)
     place = torch.cat([place, pointer[1 : number + 1] + node])
-    order = torch.empty_like(place).scatter(0, place, torch.arange(place.shape[0], device=row.device))
+    order = torch.zeros_like(place).scatter(0, place, torch.arange(place.shape[0], device=row.device))
     row, column = torch.cat([row, node])[order], torch.cat([column, node])[order]
     value = torch.cat([adj._value, loops])[order]
     if adj._layout == torch.sparse_coo:
@@ -119,6 +120,10 @@ def _loop_values(adj: Adjacency, number: int, fill_value: Any) -> Tensor:
     from torch_geometric.utils.loop import compute_loop_attr
 
     return compute_loop_attr(torch.stack([rows(adj), columns(adj)]), adj._value, number, True, fill_value)
+
+
+def _ptr2index(ptr: Pointer, output_size: int | None = None) -> Any:
+    return NotImplemented if output_size is None else rows_of(ptr, output_size)
 
 
 def _segment(src: Tensor, ptr: Pointer, reduce: str = "sum") -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 def rows_of(pointer: Tensor, entries: int) -> Tensor:
     """The row of each entry: the inverse of a CSR's pointer. `entries` is known, so the device is not waited for."""
-    rows = torch.arange(pointer.shape[0] - 1, dtype=pointer.dtype, device=pointer.device)
-    return torch.repeat_interleave(rows, pointer.diff(), output_size=entries)
+    entry = torch.arange(entries, dtype=pointer.dtype, device=pointer.device)
+    return torch.searchsorted(pointer[1:], entry, right=True, out_int32=pointer.dtype == torch.int32)
 
 
 @torch.library.custom_op("actcompile::spmm", mutates_args=())

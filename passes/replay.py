@@ -30,7 +30,15 @@ SUMS = (
     torch.ops.actcompile.spmm.default,
     torch.ops.actcompile.spmm_transposed.default,
 )
-MAKERS = (aten.full.default, aten.cat.default, aten.arange.start_step, torch.ops.prims.iota.default)
+MAKERS = (
+    aten.full.default,
+    aten.cat.default,
+    aten.arange.start_step,
+    torch.ops.prims.iota.default,
+    aten.scalar_tensor.default,
+    aten.searchsorted.Tensor,
+    aten.scatter.src,
+)
 INTENSITY = 16  # floating-point operations that take as long as moving one byte
 
 
