@@ -11,6 +11,7 @@ from actcompile.passes import _torch
 from actcompile.passes.plan import matches
 
 from . import _trace
+from ._sparse_inputs import accept_sparse, with_stand_ins
 from .backend import analyse, compile_graph
 from .config import Config
 from .report import GraphReport, Report
@@ -59,6 +60,7 @@ def compress(
     # Isolated: models of one class share code objects, and with them a limit of eight compilations.
     options = {"backend": _backend_with(made, reports), "dynamic": dynamic, **_trace.isolated()}
     _torch.compile_in_place(model, **options)
+    model._compiled_call_impl = accept_sparse(model, model._compiled_call_impl)  # type: ignore[assignment, arg-type]
     _configs[model], _compressed[model] = made, reports
     return model
 
@@ -123,6 +125,7 @@ def explain(
     known = _configs.get(module) if isinstance(module, nn.Module) else None
     made = Config.make(config or known, **(options or {}))
     graphs: list[GraphReport] = []
+    (inputs, keywords), _ = with_stand_ins(module, (inputs, keywords))
 
     def trace(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         graphs.extend(analyse(gm, example_inputs, made))

@@ -25,6 +25,9 @@ from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.eval_frame import OptimizedModule  # what torch.compile(module) returns
 from torch._dynamo.utils import graph_break_reasons
 
+# Dynamo's list of functions that it asks `__torch_function__` about; it leaves out those of torch.sparse.
+from torch._dynamo.variables.torch import get_overridable_functions
+
 # Descriptor of a forward output that is saved for backward; `output.meta["desc"]` must list one per output (2.11+).
 from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
 
@@ -35,7 +38,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 # The fake mode of a graph's values, needed to compute the fake values of inserted nodes.
-from torch._guards import detect_fake_mode
+# Beside it, what tells that Dynamo is at work on this thread.
+from torch._guards import CompileContext, detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, partition_fn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -96,8 +100,10 @@ __all__ = [
     "boxed_nop",
     "compile_fx",
     "compile_in_place",
+    "compiling",
     "convert_frame",
     "decompose",
+    "dispatch_in_traces",
     "detect_fake_mode",
     "dynamo_config",
     "eval_frame",
@@ -155,6 +161,16 @@ def compile_in_place(model: torch.nn.Module, **options: Any) -> None:
 
     own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
     model._compiled_call_impl = torch.compile(own, **options)  # type: ignore[assignment]
+
+
+def compiling() -> bool:
+    """Whether torch.compile itself, not a model, is what calls: it looks at a tensor to trace with it."""
+    return CompileContext.try_get() is not None
+
+
+def dispatch_in_traces(*functions: Any) -> None:
+    """Has Dynamo ask `__torch_function__` about these functions as Python does; of torch.sparse it knows none (2.13)."""
+    get_overridable_functions().update(functions)
 
 
 def saved_descriptor(position: int) -> Any:

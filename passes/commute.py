@@ -221,6 +221,8 @@ def _copy(split: Split, node: fx.Node, made: dict[fx.Node, fx.Node], names: Name
         summands = [made[term] for term, _ in terms(node, names)]
         return summands[0] if len(summands) == 1 else call(graph, aten.add.Tensor, *summands, like=node)
     matrix, by = made[op.matrix], op.by
+    if op.kind.startswith("spmm"):
+        return call(graph, node.target, *node.args[:3], matrix, *node.args[4:], like=node)
     if op.kind in ("take", "sum") and by.meta["val"].dim() == 2:  # type: ignore[union-attr]
         by = call(graph, aten.squeeze.dims, by, [1], like=node)
     match op.kind:

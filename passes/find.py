@@ -193,6 +193,10 @@ def _indexed_size(user: fx.Node, index: fx.Node) -> object:
         for dim, given in enumerate(cast(list[object], indices)):
             if given is index:
                 return cast(fx.Node, tensor).meta["val"].shape[dim]
+    if user.target is torch.ops.actcompile.spmm_transposed.default:  # the product has a row for each column
+        pointer, columns = user.args[:2]
+        bounds = {pointer: cast(fx.Node, columns).meta["val"].shape[0], columns: user.meta["val"].shape[0]}
+        return bounds.get(index)
     return None
 
 

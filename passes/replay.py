@@ -23,8 +23,22 @@ aten = torch.ops.aten
 
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 TAKES = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default)
-SUMS = (aten.scatter_add.default, aten.index_put.default, aten.index_add.default)
-MAKERS = (aten.full.default, aten.cat.default, aten.arange.start_step, torch.ops.prims.iota.default)
+SUMS = (
+    aten.scatter_add.default,
+    aten.index_put.default,
+    aten.index_add.default,
+    torch.ops.actcompile.spmm.default,
+    torch.ops.actcompile.spmm_transposed.default,
+)
+MAKERS = (
+    aten.full.default,
+    aten.cat.default,
+    aten.arange.start_step,
+    torch.ops.prims.iota.default,
+    aten.scalar_tensor.default,
+    aten.searchsorted.Tensor,
+    aten.scatter.src,
+)
 INTENSITY = 16  # floating-point operations that take as long as moving one byte
 
 
