@@ -1,7 +1,7 @@
 """What was done to each saved activation, as plain data: printed as a table, drawn, and kept as JSON."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Row:
         biased: whether rounding it biases a gradient; None where it is not rounded.
         through: the backward op that biases.
         codec, reason: how it is kept, and why.
+        reaches: positions of those of the graph's inputs whose gradients are computed from it.
     """
 
     name: str
@@ -46,6 +47,12 @@ class Row:
     biased: bool | None
     through: str
     reason: str
+    reaches: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What names the activation: the module's path and the node's name, such as `convs.0/add`."""
+        return f"{self.module}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ class GraphReport:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "GraphReport":
         """The inverse of `dataclasses.asdict`, also after a round trip through JSON."""
-        rows = tuple(Row(**{**r, "shape": tuple(r["shape"]), "uses": tuple(r["uses"])}) for r in data["rows"])
+        tuples = ("shape", "uses", "reaches")
+        rows = tuple(Row(**{**r, **{key: tuple(r[key]) for key in tuples}}) for r in data["rows"])
         nodes = {
             key: tuple(GraphNode(**{**n, "inputs": tuple(n["inputs"])}) for n in data[key])
             for key in ("forward_nodes", "backward_nodes")
@@ -165,6 +173,7 @@ def record(
     plan: Plan,
     saved_before: Iterable[SavedActivation],
     spared: Iterable[Spared],
+    reached: Mapping[fx.Node, tuple[int, ...]],
     inner: str,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
@@ -172,10 +181,14 @@ def record(
     Args:
         saved_before: what torch's own partition saved, before any pass of ours.
         spared: what is not saved any more, since backward does without it.
+        reached: what `reach` returned before the rewrite.
     """
     without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
-    rows = [_row(c, before.pop(c.activation.node.name, None)) for c in plan.choices]
+    rows = [
+        _row(c, before.pop(c.activation.node.name, None), reached.get(c.activation.placeholder, ()))
+        for c in plan.choices
+    ]
     rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
     return GraphReport(
         rows=tuple(sorted(rows, key=lambda r: -r.bytes_before)),
@@ -187,7 +200,7 @@ def record(
     )
 
 
-def _row(choice: Choice, before: SavedActivation | None) -> Row:
+def _row(choice: Choice, before: SavedActivation | None, reaches: tuple[int, ...]) -> Row:
     a = choice.activation
     rounded = choice.dependence if not isinstance(choice.codec, EXACT) else None
     return Row(
@@ -198,6 +211,7 @@ def _row(choice: Choice, before: SavedActivation | None) -> Row:
         biased=rounded.biased or not isinstance(choice.codec, UNBIASED) if rounded else None,
         through=(rounded.op or ("" if isinstance(choice.codec, UNBIASED) else "the codec")) if rounded else "",
         reason=choice.reason if before else f"{choice.reason}; taken in forward, so that no rounded value decides it",
+        reaches=reaches,
     )
 
 
