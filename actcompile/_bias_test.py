@@ -62,7 +62,7 @@ class Errors:
 
     @property
     def bias(self) -> float:
-        """Norm of the bias, estimated: what noise alone leaves in the norm of a mean is taken off; 0 where less is left.
+        """Norm of the bias, estimated: without what noise alone leaves in the norm of a mean; 0 where less is left.
 
         The mean of the products of two different draws, whose expectation is the bias's square.
         """
@@ -71,7 +71,7 @@ class Errors:
 
     @property
     def z(self) -> float:
-        """Standard deviations of a normal distribution that are as improbable as these errors would be without a bias."""
+        """The normal score, in standard deviations, of what is as improbable as these errors would be without a bias."""
         if not self.finite:
             return MOST
         along = 2 * _probability(self.along_exact, self.resolution, two_sided=True)

@@ -99,5 +99,5 @@ def suspect(s: Suspect) -> str:
 
 
 def remedy(r: Remedy, bytes_before: int) -> str:
-    left = f"tried: {percent(r.bias)} of bias at most are left" + ("" if r.mended else ", which is still too much")
+    left = f"tried: at most {percent(r.bias)} of bias {'is' if r.mended else 'is, still too much,'} left"
     return f"to mend it: {r}\n            {left}; saved {human(bytes_before)} -> {human(r.bytes_after)}"

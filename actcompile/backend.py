@@ -179,9 +179,8 @@ def compile_graph(
             return compiler(gm, inputs), reports
     check_compilers(inputs)
     with recording() as reports:
-        compiled: Any = _torch.compile_fx(
-            gm, inputs, config_patches={"custom_partitioner_fn": Partitioner(config, only)}
-        )
+        patches = {"custom_partitioner_fn": Partitioner(config, only)}
+        compiled: Any = _torch.compile_fx(gm, inputs, config_patches=patches)
     if not reports:  # from the cache, where the report is too, or a graph without backward
         cached = _report_cache.attached(compiled)
         if cached is not None:

@@ -138,7 +138,9 @@ def trace_artefact(name: str, encoding: str, payload: Any) -> None:
 
 
 def compile_in_place(model: torch.nn.Module, **options: Any) -> Any:
-    """`model.compile`, whose compiled function it returns; also for modules of torch itself, such as `nn.Sequential`, whose frames Dynamo skips.
+    """`model.compile`, also for modules of torch itself, such as `nn.Sequential`, whose frames Dynamo skips.
+
+    Returns the compiled function.
 
     Those are called from a function of ours. Each gets a code object of its own, since Dynamo counts recompiles, and
     keeps what it compiled, by code object. `_compiled_call_impl` is what `nn.Module.compile` sets (2.0 to 2.13).
