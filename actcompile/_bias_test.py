@@ -71,7 +71,7 @@ class Errors:
 
     @property
     def z(self) -> float:
-        """The normal score, in standard deviations, of what is as improbable as these errors would be without a bias."""
+        """The normal score, in standard deviations, of what is as improbable as these errors are without a bias."""
         if not self.finite:
             return MOST
         along = 2 * _probability(self.along_exact, self.resolution, two_sided=True)

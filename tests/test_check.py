@@ -1,4 +1,4 @@
-"""`check`: biases are seen where they are and not elsewhere, the activation to blame is named, and nothing is touched."""
+"""`check`: biases are seen where they are and only there, the activation to blame is named, nothing is touched."""
 
 from __future__ import annotations
 
