@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 
 CASES_OF_A_WORKER = 200
 SECONDS_OF_A_CASE = 240
+SHRUNK_OF_A_KIND = 20
 SHARE_OF_MEANS = 3  # the mean of many roundings is tested for one in so many
 
 
@@ -36,7 +38,9 @@ def main() -> int:
     outcomes = _record(given.record)
     for line in outcomes.values():
         if line["kind"] not in ("right", "skipped"):
-            print(f"\n{line['kind']}: seed {line['seed']}: {line['detail']}\n  {line.get('shrunk') or line.get('case')}")
+            print(
+                f"\n{line['kind']}: seed {line['seed']}: {line['detail']}\n  {line.get('shrunk') or line.get('case')}"
+            )
     counts = Counter(line["kind"] for line in outcomes.values())
     print(f"\n{len(outcomes)} cases: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
     return int(any(kind not in ("right", "skipped") for kind in counts))
@@ -90,7 +94,9 @@ def _work(record: Path, first: int, count: int, inner: str) -> None:
     from tests.explore.judge import judge, shrink
 
     torch.set_num_threads(1)
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it tells of every graph break
     done = _record(record)
+    shrunk = Counter(line["kind"] for line in done.values() if "shrunk" in line)
     for seed in range(first, first + count):
         if seed in done:
             continue
@@ -103,8 +109,10 @@ def _work(record: Path, first: int, count: int, inner: str) -> None:
             line = {"seed": seed, "kind": outcome.kind, "detail": outcome.detail}
             if outcome.wrong:
                 line["case"] = str(case)
-                signal.alarm(2 * SECONDS_OF_A_CASE)
-                line["shrunk"] = str(shrink(case, outcome.kind, means))
+                if shrunk[outcome.kind] < SHRUNK_OF_A_KIND:
+                    signal.alarm(2 * SECONDS_OF_A_CASE)
+                    line["shrunk"] = str(shrink(case, outcome.kind, means))
+                    shrunk[outcome.kind] += 1
         except TimeoutError:
             line = line if "case" in locals().get("line", {}) else {"seed": seed, "kind": "hangs", "case": str(case)}
             line.setdefault("detail", f"longer than {SECONDS_OF_A_CASE} s")

@@ -222,7 +222,7 @@ def _order(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
 
 
 def _logsumexp(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
-    return m["lin"](x).masked_fill(x > 0.5, float("-inf")).logsumexp(-1, keepdim=True) .clamp(min=-9) + x
+    return m["lin"](x).masked_fill(x > 0.5, float("-inf")).logsumexp(-1, keepdim=True).clamp(min=-9) + x
 
 
 def _distance(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:

@@ -10,7 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.explore.blocks import COMBINED, CONVS, EDGE, GRAPHS, KINDS, LEAVES, NORMS, OPS, POINTWISE, WIDTH, Combined, Graph
+from tests.explore.blocks import (
+    COMBINED,
+    CONVS,
+    EDGE,
+    GRAPHS,
+    KINDS,
+    LEAVES,
+    NORMS,
+    OPS,
+    POINTWISE,
+    WIDTH,
+    Combined,
+    Graph,
+)
 
 GRAPH_KINDS = ("random", "no edges", "hub", "duplicates", "isolated", "self-loops", "one node")
 
@@ -97,7 +110,14 @@ class Case:
         for i, block in enumerate(self.blocks):
             for less in block.smaller():
                 yield replace(self, blocks=(*self.blocks[:i], less, *self.blocks[i + 1 :]))
-        plain = {"head": "nodes", "frozen": False, "input_gradient": False, "way": "compress", "dynamic": False, "changing": False}
+        plain = {
+            "head": "nodes",
+            "frozen": False,
+            "input_gradient": False,
+            "way": "compress",
+            "dynamic": False,
+            "changing": False,
+        }
         for name, value in {**plain, "graph": "random", "loss": "squares", "training": True}.items():
             if getattr(self, name) != value:
                 yield replace(self, **{name: value})
@@ -116,8 +136,16 @@ def draw(seed: int, inner: str = "aot_eager") -> Case:
         options |= {"bits": None, "nonlinear_bits": None}
     elif r.random() < 0.3:
         options |= r.choice(
-            ({"bits": 4}, {"bits": 8, "block": 256}, {"block": 16}, {"metadata": "float32"}, {"standardise": False},
-             {"projection": 4, "rows_per_block": 1}, {"levels": "uniform"}, {"bits": 1})  # fmt: skip
+            (
+                {"bits": 4},
+                {"bits": 8, "block": 256},
+                {"block": 16},
+                {"metadata": "float32"},
+                {"standardise": False},
+                {"projection": 4, "rows_per_block": 1},
+                {"levels": "uniform"},
+                {"bits": 1},
+            )  # fmt: skip
         )
     options |= r.choice(({}, {}, {"replay": 0}, {"replay": 1.0}, {"rebuild": False, "replay": 0}))
     return Case(

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import actcompile
-
 from bench.measure import saved_bytes
 from tests.explore.draw import Case, Model, batch, loss
 
@@ -75,10 +74,10 @@ def run(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], call: Callable
     """One step of a model, called through `call` where that is given."""
     inputs = (inputs[0].detach().requires_grad_(case.input_gradient), *inputs[1:])
     torch.manual_seed(case.seed)
-    outputs = (call or model)(*inputs)
+    outputs = (model if call is None else call)(*inputs)
     leaves = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,))]
     alive = [*leaves, *inputs, *model.parameters(), *model.buffers()]
-    held = saved_bytes(torch.stack([o.sum() for o in leaves]).sum(), alive)
+    held = saved_bytes(torch.stack([o.sum() for o in leaves]).sum(), alive, _is_compiled)
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if case.input_gradient:
         wanted["x"] = inputs[0]
@@ -156,7 +155,9 @@ def _difference(case: Case, reference: Run, ours: Run, off: Gradients) -> Outcom
             error, allowed = _norm(a, b), 1e-4 * float(a.double().norm()) + 1e-5 * everything
             allowed += 30 * float(off.get(name, torch.zeros(())))
             if error > allowed:
-                return Outcome("gradients", f"{name} is off by {error:.2g}, of {float(a.norm()):.2g} ({allowed:.2g} are float32's)")
+                return Outcome(
+                    "gradients", f"{name} is off by {error:.2g}, of {float(a.norm()):.2g} ({allowed:.2g} are float32's)"
+                )
     return Outcome("right")
 
 
@@ -168,8 +169,15 @@ def _largest_error(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], eag
     except Exception:
         return {}
     off = {n: torch.tensor(_norm(eager.gradients[n], g)) for n, g in exact.gradients.items() if n in eager.gradients}
-    outputs = {f"output {i}": torch.tensor(_relative(a, b)) for i, (a, b) in enumerate(zip(exact.outputs, eager.outputs, strict=True))}
+    outputs = {
+        f"output {i}": torch.tensor(_relative(a, b))
+        for i, (a, b) in enumerate(zip(exact.outputs, eager.outputs, strict=True))
+    }
     return {n: e for n, e in {**off, **outputs}.items() if e.isfinite()} if not case.random else {}
+
+
+def _is_compiled(node: torch.autograd.graph.Node) -> bool:
+    return "CompiledFunction" in node.name()
 
 
 def _norm(a: Tensor, b: Tensor) -> float:
@@ -231,8 +239,7 @@ def _words(error: BaseException) -> str:
     return f"{type(inner).__name__}: {lines[0][:200] if lines else ''}"
 
 
-
-def shrink(case: Case, kind: str, means: bool, tries: int = 40) -> Case:
+def shrink(case: Case, kind: str, means: bool, tries: int = 30) -> Case:
     """The smallest case found, by leaving out blocks and options, that is wrong in the same way."""
     smaller = True
     while smaller and tries > 0:
