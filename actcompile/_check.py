@@ -66,8 +66,13 @@ def check(
     known = config or _configs.get(task.model)
     made = Config.make(known, **{"inner": "aot_eager", **(options or {})})
     _check_rules(task.model, made)
+    return examine(task, made, seeds)
+
+
+def examine(task: Task, config: Config, seeds: int, blame: bool = True) -> CheckReport:
+    """`check` of a task with a config; without `blame` no activation is rounded alone, and no remedy is tried."""
     with undisturbed(task):
-        return _Check(task, made, seeds).run()
+        return _Check(task, config, seeds).run(blame)
 
 
 def _task(model: Any, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss: Any, dynamic: bool | None) -> Task:
@@ -97,11 +102,11 @@ class _Check:
             self.arithmetic = {n: float((g - self.exact[n]).double().norm()) for n, g in self.plain.items()}
             self.same_dropout = _alike(outputs, self.outputs)
 
-    def run(self) -> CheckReport:
+    def run(self, blame: bool) -> CheckReport:
         errors, graphs = self.draws(self.config)
         checks = self.judge(errors, graphs)
         wrong = [c.name for c in checks if c.wrong]
-        suspects, remedy = self.blame(wrong, graphs, errors) if wrong else ((), None)
+        suspects, remedy = self.blame(wrong, graphs) if wrong and blame else ((), None)
         return CheckReport(
             gradients=tuple(checks),
             suspects=tuple(suspects),
@@ -168,9 +173,7 @@ class _Check:
             )
         return checks
 
-    def blame(
-        self, wrong: list[str], graphs: Graphs, errors: Mapping[str, Errors]
-    ) -> tuple[list[Suspect], Remedy | None]:
+    def blame(self, wrong: list[str], graphs: Graphs) -> tuple[list[Suspect], Remedy | None]:
         """The activations that bias the gradients `wrong` when they alone are rounded, and the rules that mend it."""
         reaching = [row for row, reached in graphs.rounded() if reached is None or not reached.isdisjoint(wrong)]
         guilty = self.guilty([row.key for row in reaching], wrong)
@@ -194,7 +197,7 @@ class _Check:
                         together=len(keys),
                     )
                 )
-        return suspects, self.remedy(suspects, wrong, errors)
+        return suspects, self.remedy(suspects, wrong)
 
     def guilty(self, keys: list[str], wrong: list[str]) -> list[list[str]]:
         """Groups of `keys`, of one where possible, each of which biases when it alone is rounded; found by halving."""
@@ -209,7 +212,7 @@ class _Check:
         errors = self.draws(self.config, frozenset(keys), wrong)[0]
         return any(e.z > self.limit for e in errors.values())
 
-    def remedy(self, suspects: list[Suspect], wrong: list[str], errors: Mapping[str, Errors]) -> Remedy | None:
+    def remedy(self, suspects: list[Suspect], wrong: list[str]) -> Remedy | None:
         """The gentlest rules for the modules to blame with which no gradient of `wrong` is wrong any more."""
         modules = list(dict.fromkeys(s.module for s in suspects))
         best = None

@@ -24,8 +24,8 @@ def saved_tensors(
     """One tensor for each distinct storage that the autograd graph below `output` keeps alive for backward.
 
     Storages of `exclude` (parameters, buffers, inputs: alive anyway) are left out. Works for eager graphs, for compiled
-    ones, and for mixtures; call it after the forward pass and before the backward pass. `counts` says which nodes of the
-    autograd graph count, all by default.
+    ones, and for mixtures; call it after the forward pass and before the backward pass. `counts` says which nodes of
+    the autograd graph count, all by default.
     """
     seen = {_storage(t) for t in exclude}
     found, visited, stack = [], set(), [output.grad_fn]

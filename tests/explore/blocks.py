@@ -65,7 +65,7 @@ def _pna(towers: int) -> nn.Module:
 
 W = WIDTH
 CONVS: dict[str, Callable[[], nn.Module]] = {
-    **{f"conv {name}": lambda make=make: Conv(make(W)) for name, make in LAYERS.items() if name not in ("gcn cached", "gated")},
+    **{f"conv {name}": lambda make=make: Conv(make(W)) for name, make in LAYERS.items() if name != "gcn cached"},
     "sage max": lambda: Conv(gnn.SAGEConv(W, W, aggr="max", normalize=True)),
     "gcn no self-loops": lambda: Conv(gnn.GCNConv(W, W, add_self_loops=False)),
     "gat self-loops": lambda: Conv(gnn.GATConv(W, W // 2, heads=2)),
@@ -96,9 +96,13 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "feast": lambda: Conv(gnn.FeaStConv(W, W, heads=2)),
     "general attention": lambda: Conv(gnn.GeneralConv(W, W, attention=True, heads=2)),
     "super gat": lambda: Conv(gnn.SuperGATConv(W, W // 2, heads=2, attention_type="SD", add_self_loops=False)),
-    "point": lambda: Op(lambda m, x, g: m.conv(x, x[:, :3], g.edges), conv=gnn.PointNetConv(_mlp(W + 3, W), add_self_loops=False)),
+    "point": lambda: Op(_point, conv=gnn.PointNetConv(_mlp(W + 3, W), add_self_loops=False)),
     "cfconv": lambda: Op(_continuous_filter, into=nn.Linear(W, W), filter=_mlp(EDGE, W), out=nn.Linear(W, W)),
 }  # fmt: skip
+
+
+def _point(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
+    return m["conv"](x, x[:, :3], g.edges)
 
 
 def _continuous_filter(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
@@ -125,14 +129,13 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "log sigmoid": F.logsigmoid, "tanh gelu": lambda x: F.gelu(x, approximate="tanh"), "relu6": F.relu6,
     "softmax": lambda x: x.softmax(-1), "log softmax": lambda x: x.log_softmax(-1), "sin": torch.sin,
     "square": lambda x: 0.3 * x.square(), "cube": lambda x: 0.1 * x.clamp(-3, 3) ** 3, "abs": torch.abs,
-    "exp": lambda x: x.clamp(max=2).exp(), "log": lambda x: x.abs().add(0.1).log(), "sqrt": lambda x: x.abs().add(0.1).sqrt(),
-    "reciprocal": lambda x: 1 / (1 + x.abs()), "normalize": lambda x: F.normalize(x, dim=-1), "clamp": lambda x: x.clamp(-1, 1),
-    "atan2": lambda x: torch.atan2(x, 1 + x.square()), "hypot": lambda x: (x.square() + 1).sqrt(), "softsign": F.softsign,
+    "exp": lambda x: x.clamp(max=2).exp(), "log": lambda x: x.abs().add(0.1).log(), "softsign": F.softsign,
+    "sqrt": lambda x: x.abs().add(0.1).sqrt(), "reciprocal": lambda x: 1 / (1 + x.abs()),
+    "normalize": lambda x: F.normalize(x, dim=-1), "clamp": lambda x: x.clamp(-1, 1),
+    "atan2": lambda x: torch.atan2(x, 1 + x.square()), "hypot": lambda x: (x.square() + 1).sqrt(),
     "where": lambda x: torch.where(x > 0.2, x, x.square()), "squared relu": lambda x: F.relu(x).square(),
     "inplace": lambda x: x.clone().mul_(0.5).add_(x).relu_(), "bf16 round trip": lambda x: x.bfloat16().float(),
 }  # fmt: skip
-
-LIN = {"lin": lambda i=W, o=W: nn.Linear(i, o)}
 
 
 def _op(function: Callable[..., Tensor], **sizes: tuple[int, int]) -> Callable[[], nn.Module]:

@@ -105,20 +105,13 @@ class Case:
         return f"{blocks}\n    " + ", ".join(f"{k}={v!r}" for k, v in rest.items())
 
     def smaller(self) -> Iterator[Case]:
-        for i, block in enumerate(self.blocks):
+        for i in range(len(self.blocks)):
             yield replace(self, blocks=(*self.blocks[:i], *self.blocks[i + 1 :]))
         for i, block in enumerate(self.blocks):
             for less in block.smaller():
                 yield replace(self, blocks=(*self.blocks[:i], less, *self.blocks[i + 1 :]))
-        plain = {
-            "head": "nodes",
-            "frozen": False,
-            "input_gradient": False,
-            "way": "compress",
-            "dynamic": False,
-            "changing": False,
-        }
-        for name, value in {**plain, "graph": "random", "loss": "squares", "training": True}.items():
+        plain = {"head": "nodes", "frozen": False, "input_gradient": False, "way": "compress", "dynamic": False}
+        for name, value in {**plain, "changing": False, "graph": "random", "loss": "squares", "training": True}.items():
             if getattr(self, name) != value:
                 yield replace(self, **{name: value})
 

@@ -1,14 +1,15 @@
 """Runs a case, compares it with eager, and says what is wrong.
 
-Compared are: that it compiles where plain `torch.compile` does; outputs, buffers, and, where nothing is rounded, gradients,
-up to a multiple of what float32 itself is off from float64; that gradients are finite where eager's are; the bytes that
-autograd really holds with those of the report; and for a share of the cases the mean of many roundings with the claims of
-the plan, by `actcompile.check`.
+Compared are: that it compiles where plain `torch.compile` does; outputs, buffers, and, where nothing is rounded,
+gradients, up to a multiple of what float32 itself is off from float64; that gradients are finite where eager's are; the
+bytes that autograd really holds with those of the report; and for a share of the cases the mean of many roundings with
+the claims of the plan, as `actcompile.check` does.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import actcompile
+from actcompile._check import examine
+from actcompile._draws import Task
 from bench.measure import saved_bytes
 from tests.explore.draw import Case, Model, batch, loss
 
@@ -135,9 +138,9 @@ def _compare(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], eager: Ru
     return _difference(case, plain, ours, off)
 
 
-def _difference(case: Case, reference: Run, ours: Run, off: Gradients) -> Outcome:
+def _difference(case: Case, reference: Run, ours: Run, off: dict[str, float]) -> Outcome:
     for i, (a, b) in enumerate(zip(reference.outputs, ours.outputs, strict=True)):
-        if _relative(a, b) > 1e-3 + 30 * float(off.get(f"output {i}", torch.zeros(()))):
+        if _relative(a, b) > 1e-3 + 30 * off.get(f"output {i}", 0.0):
             return Outcome("outputs", f"output {i} is off by {_relative(a, b):.2g}")
     for name, a in reference.buffers.items():
         if name not in ours.buffers or _relative(a, ours.buffers[name]) > 1e-3:
@@ -153,7 +156,7 @@ def _difference(case: Case, reference: Run, ours: Run, off: Gradients) -> Outcom
             return Outcome("not finite", name)
         if not case.rounds:
             error, allowed = _norm(a, b), 1e-4 * float(a.double().norm()) + 1e-5 * everything
-            allowed += 30 * float(off.get(name, torch.zeros(())))
+            allowed += 30 * off.get(name, 0.0)
             if error > allowed:
                 return Outcome(
                     "gradients", f"{name} is off by {error:.2g}, of {float(a.norm()):.2g} ({allowed:.2g} are float32's)"
@@ -161,19 +164,19 @@ def _difference(case: Case, reference: Run, ours: Run, off: Gradients) -> Outcom
     return Outcome("right")
 
 
-def _largest_error(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], eager: Run) -> Gradients:
+def _largest_error(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], eager: Run) -> dict[str, float]:
     """How far eager float32 is from float64: for each gradient in its norm, for each output relative."""
     try:
         double = [t.double() if t.is_floating_point() else t for t in inputs]
         exact = run(case, copy.deepcopy(model).double(), tuple(double))
     except Exception:
         return {}
-    off = {n: torch.tensor(_norm(eager.gradients[n], g)) for n, g in exact.gradients.items() if n in eager.gradients}
-    outputs = {
-        f"output {i}": torch.tensor(_relative(a, b))
-        for i, (a, b) in enumerate(zip(exact.outputs, eager.outputs, strict=True))
-    }
-    return {n: e for n, e in {**off, **outputs}.items() if e.isfinite()} if not case.random else {}
+    if case.random:
+        return {}
+    off = {n: _norm(eager.gradients[n], g) for n, g in exact.gradients.items() if n in eager.gradients}
+    for i, (a, b) in enumerate(zip(exact.outputs, eager.outputs, strict=True)):
+        off[f"output {i}"] = _relative(a, b)
+    return {name: error for name, error in off.items() if math.isfinite(error)}
 
 
 def _is_compiled(node: torch.autograd.graph.Node) -> bool:
@@ -203,24 +206,22 @@ def _bytes(case: Case, ours: Run, module: nn.Module) -> Outcome:
 def _means(case: Case, model: nn.Module, inputs: tuple[Tensor, ...]) -> Outcome:
     """Claims against many roundings, twice where the first look says that one is wrong."""
     inputs = (inputs[0].detach().requires_grad_(case.input_gradient), *inputs[1:])
+    task = Task(model, inputs, {}, lambda outputs: loss(case, outputs), case.dynamic)
+    found = []
     for seeds in (20, CONFIRMING):
         torch._dynamo.reset()
         try:
-            report = actcompile.check(
-                model, *inputs, loss=lambda o: loss(case, o), seeds=seeds, dynamic=case.dynamic, options=case.options
-            )
+            report = examine(task, actcompile.Config.make(**case.options), seeds, blame=False)
         except Exception as error:
             return _unless_plain_fails(case, model, inputs, Outcome("check", _words(error)))
-        found = [_wrong(case, gradient) for gradient in report.gradients]
-        found = [outcome for outcome in found if outcome.wrong]
+        found = [outcome for gradient in report.gradients if (outcome := _wrong(case, gradient)).wrong]
         if not found:
             return Outcome("right")
-    blamed = ", ".join(f"{s.module} {s.name} {s.codec} ({s.claim})" for s in report.suspects[:3])
-    return Outcome(found[0].kind, f"{found[0].detail}; to blame: {blamed}")
+    return found[0]
 
 
 def _wrong(case: Case, gradient: Any) -> Outcome:
-    """As `check` says it; a bias that is claimed may be large for gradients that do not matter, and with own options."""
+    """As `check` says it; a bias that is claimed may be large in gradients that do not matter, and with own options."""
     figures = f"{gradient.name}: bias {gradient.bias:.3f}, z {gradient.z:.1f}, claim {gradient.claim!r}"
     if "claims that it is not" in gradient.wrong:
         return Outcome("bias not claimed", figures)

@@ -1,4 +1,4 @@
-"""The search itself: cases are functions of their seeds, right ones are called right, a planted fault is found and shrunk."""
+"""The search itself: a case is a function of its seed, right is called right, a planted fault is found and shrunk."""
 
 from __future__ import annotations
 
