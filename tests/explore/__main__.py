@@ -1,8 +1,8 @@
 """`python -m tests.explore --cases 10000 --seed 0`: draws cases from `seed` on, and writes what became of each.
 
-Each line of the record (JSON) is a seed, the outcome, and for a wrong one the case as it was drawn and shrunk. Seeds that
-the record has are not run again, so that a search can be interrupted. Workers are replaced after some hundred cases,
-since compiled code is never quite freed; a worker that crashes or hangs leaves its seed as wrong.
+Each line of the record (JSON) is a seed, the outcome, and for a wrong one the case as it was drawn and shrunk. Seeds
+that the record has are not run again, so that a search can be interrupted. Workers are replaced after some hundred
+cases, since compiled code is never quite freed; a worker that crashes or hangs leaves its seed as wrong.
 """
 
 from __future__ import annotations
