@@ -20,6 +20,7 @@ from .config import Config, Rule, bits, lossless
 ALARM = 1e-3  # probability that a check of a model without any bias calls one visible, in one of all its gradients
 TOLERATED = 0.02  # of a gradient: as much bias as the defaults may have where the plan says that there is one
 FEWEST = 8
+FLOAT32 = 1e-6  # of all gradients together: errors of float32 sums, some ten units in the last place
 LARGE = 1e-3  # of all gradients together: a smaller gradient's errors are relative to this
 
 
@@ -143,12 +144,18 @@ class _Check:
                     error.add(found[name])
             return errors, variant.graphs
 
+    @property
+    def everything(self) -> float:
+        """The norm of all gradients together."""
+        return sum(float(g.double().square().sum()) for g in self.exact.values()) ** 0.5
+
     def resolution(self, name: str) -> float:
-        return self.arithmetic.get(name, 0.0) + 1e-6 * float(self.exact[name].double().norm())
+        """What float32 may add: a gradient that is small since large numbers cancel has their rounding errors."""
+        return self.arithmetic.get(name, 0.0) + FLOAT32 * self.everything
 
     def judge(self, errors: Mapping[str, Errors], graphs: Graphs) -> list[GradientCheck]:
         rounded = graphs.rounded()
-        everything = sum(float(g.double().square().sum()) for g in self.exact.values()) ** 0.5
+        everything = self.everything
         checks = []
         for name, e in errors.items():
             size = float(self.exact[name].double().norm())

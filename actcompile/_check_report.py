@@ -17,8 +17,11 @@ def claim(rows: Sequence[Row]) -> tuple[str, bool]:
         return "exact", False
     if not biased:
         return "unbiased", False
-    through = dict.fromkeys(row.through.removesuffix(".default").removesuffix(".Tensor") for row in biased)
-    return f"biased through {', '.join(through)}", True
+    worst = min(biased, key=lambda row: row.averaged_over)
+    if not worst.averaged_over:
+        return "biased: the codec itself is", True
+    how = "element by element" if worst.averaged_over == 1 else f"by variance / {worst.averaged_over:,}"
+    return f"biased {how}, {'.'.join(worst.through.split('.')[:2])}", True
 
 
 @dataclass(frozen=True)

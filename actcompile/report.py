@@ -31,6 +31,7 @@ class Row:
         biased: whether rounding it biases a gradient; None where it is not rounded.
         through: the backward op that biases.
         codec, reason: how it is kept, and why.
+        averaged_over: the bias is the rounding's variance over so many elements, 1 for element by element; 0: none.
         reaches: positions of those of the graph's inputs whose gradients are computed from it.
     """
 
@@ -47,6 +48,7 @@ class Row:
     biased: bool | None
     through: str
     reason: str
+    averaged_over: int = 0
     reaches: tuple[int, ...] = ()
 
     @property
@@ -210,6 +212,7 @@ def _row(choice: Choice, before: SavedActivation | None, reaches: tuple[int, ...
         codec=str(choice.codec),
         biased=rounded.biased or not isinstance(choice.codec, UNBIASED) if rounded else None,
         through=(rounded.op or ("" if isinstance(choice.codec, UNBIASED) else "the codec")) if rounded else "",
+        averaged_over=rounded.averaged_over if rounded else 0,
         reason=choice.reason if before else f"{choice.reason}; taken in forward, so that no rounded value decides it",
         reaches=reaches,
     )

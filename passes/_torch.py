@@ -3,6 +3,7 @@
 Read and tried with torch 2.13.0.
 """
 
+import math
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -110,10 +111,13 @@ __all__ = [
     "guards",
     "inductor_partition",
     "known_true",
+    "least_product",
     "loop_ops",
     "lowerings",
     "make_boxed_func",
     "min_cut_rematerialization_partition",
+    "most_ratio",
+    "number",
     "pgo",
     "pytree",
     "register_lowering",
@@ -190,6 +194,36 @@ def size_hint(size: Any, fallback: int = 4096) -> int:
         return size
     hint = getattr(size.node, "hint", None)  # SymNode.hint: None for unbacked sizes
     return int(hint) if isinstance(hint, int) else fallback
+
+
+def number(value: Any) -> float | None:
+    """A number of a call, or of the sizes at the trace, if it is known without a guess; never guards."""
+    if isinstance(value, torch.fx.Node):
+        value = value.meta.get("val")
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        value = getattr(value.node, "hint", None)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def least_product(sizes: Any) -> float:
+    """A lower bound of a product of sizes: that of the trace, or 1 where a size depends on data."""
+    return math.prod(number(size) or 1.0 for size in sizes)
+
+
+def most_ratio(sizes: Any, others: Any) -> float:
+    """An upper bound of the ratio of two products of sizes: that of the trace, infinite where one depends on data."""
+    remaining = list(others)
+    apart = []
+    for size in sizes:  # equal sizes cancel, whatever they are
+        same = next((i for i, other in enumerate(remaining) if expression(size) == expression(other)), None)
+        if same is None:
+            apart.append(size)
+        else:
+            remaining.pop(same)
+    top, bottom = [number(s) for s in apart], [number(s) for s in remaining]
+    if None in top or None in bottom:
+        return math.inf
+    return math.prod(top) / max(math.prod(bottom), 1.0)  # type: ignore[arg-type]
 
 
 def known_true(condition: Any) -> bool:
