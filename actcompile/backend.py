@@ -15,6 +15,7 @@ from torch import fx
 import actcompile.kernels
 import actcompile.passes
 from actcompile.passes import _torch, loops_decode, loops_encode  # noqa: F401  register the ops' lowerings
+from actcompile.passes.apart import apart
 from actcompile.passes.bias import Dependence, bias
 from actcompile.passes.commute import commute
 from actcompile.passes.find import SavedActivation, find, module_path
@@ -103,6 +104,8 @@ def decide(split: Split, config: Config) -> tuple[Plan, list[Spared]]:
         spared += rebuild(split, wanted(), dependences(), kind)
     if config.replay:
         spared += replay(split, wanted(), config.replay)
+    saved_apart = apart(split, [a for a in wanted() if kind(a.node).method is None], kind)
+    spared = [s for s in spared if s.activation.node not in saved_apart]
     offer(split, [a for a in wanted() if kind(a.node).standardise])
     return plan(find(split), dependences(), policy), spared
 

@@ -213,9 +213,16 @@ def _row(choice: Choice, before: SavedActivation | None, reaches: tuple[int, ...
         biased=rounded.biased or not isinstance(choice.codec, UNBIASED) if rounded else None,
         through=(rounded.op or ("" if isinstance(choice.codec, UNBIASED) else "the codec")) if rounded else "",
         averaged_over=rounded.averaged_over if rounded else 0,
-        reason=choice.reason if before else f"{choice.reason}; taken in forward, so that no rounded value decides it",
+        reason=choice.reason if before else f"{choice.reason}; {_why_added(a)}",
         reaches=reaches,
     )
+
+
+def _why_added(a: SavedActivation) -> str:
+    """Why an activation is saved that torch alone would compute again."""
+    if a.value.is_floating_point():
+        return "saved beside what it is made of, so that no rounded element meets itself"
+    return "taken in forward, so that no rounded value decides it"
 
 
 def _dropped(a: SavedActivation, spared: Spared | None) -> Row:

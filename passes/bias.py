@@ -124,16 +124,16 @@ def bias(backward: fx.Graph, sources: Sequence[fx.Node]) -> dict[fx.Node, Depend
 
     Args:
         backward: the graph of AOTAutograd's backward function, before or after decomposition, with `meta["val"]`.
-        sources: placeholders of `backward` that stand for the tensors to be rounded.
+        sources: the tensors to be rounded: placeholders of `backward`, or values in whose place one would come.
 
     The answer for one source holds whether the other sources are rounded too or kept.
 
     Raises:
-        ValueError: a source is not a placeholder of `backward`.
+        ValueError: a source is no value of `backward`.
     """
     for source in sources:
-        if source.graph is not backward or source.op != "placeholder":
-            raise ValueError(f"sources: {source} is not a placeholder of the backward graph")
+        if source.graph is not backward or source.op == "output":
+            raise ValueError(f"sources: {source} is no value of the backward graph")
     return _Propagation(backward, sources).run()
 
 
@@ -150,7 +150,7 @@ class _Propagation:
         for node in self.graph.nodes:
             if node.op == "output":
                 seen.append(self.of(node.args))
-            elif node.op != "placeholder":
+            elif node.op != "placeholder" and node not in self.values:
                 self.values[node] = self.call(node)
                 if _has_effect(node):
                     seen.append(self.unknown(node, self.of((node.args, node.kwargs))))

@@ -37,7 +37,7 @@ def hoist_comparisons(split: Split, kept: Collection[fx.Node] = ()) -> None:
         if node.op == "get_attr":
             setattr(split.forward, node.target, getattr(split.backward, node.target))  # both come of one joint graph
             hoistable.add(node)
-        if node.op != "call_function" or not _is_pure(node) or not all(n in hoistable for n in node.all_input_nodes):
+        if node.op != "call_function" or not is_pure(node) or not all(n in hoistable for n in node.all_input_nodes):
             continue
         hoistable.add(node)
         if any(n in rounded for n in node.all_input_nodes):
@@ -56,7 +56,7 @@ def hoist_comparisons(split: Split, kept: Collection[fx.Node] = ()) -> None:
     ]
     for node in to_hoist:
         before = {n for n, p in split.pairs}
-        exact = _copy_to_forward(node, split, origin)
+        exact = copy_to_forward(node, split, origin)
         if exact in before:
             placeholder = next(p for n, p in split.pairs if n is exact)
         else:
@@ -80,12 +80,12 @@ def _spell_sign(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     return comparisons
 
 
-def _copy_to_forward(node: fx.Node, split: Split, origin: dict[fx.Node, fx.Node]) -> fx.Node:
+def copy_to_forward(node: fx.Node, split: Split, origin: dict[fx.Node, fx.Node]) -> fx.Node:
     """The forward node that computes what backward's `node` computes: one that is there already, or a copy."""
     if node in origin:
         return origin[node]
-    args = fx.map_arg(node.args, lambda n: _copy_to_forward(n, split, origin))
-    kwargs = fx.map_arg(node.kwargs, lambda n: _copy_to_forward(n, split, origin))
+    args = fx.map_arg(node.args, lambda n: copy_to_forward(n, split, origin))
+    kwargs = fx.map_arg(node.kwargs, lambda n: copy_to_forward(n, split, origin))
     inputs: list[fx.Node] = []
     fx.map_arg((args, kwargs), inputs.append)
     for user in inputs[0].users if inputs else ():
@@ -180,7 +180,7 @@ def _is_float(node: fx.Node) -> bool:
     return is_tensor(node) and node.meta["val"].is_floating_point()
 
 
-def _is_pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         random = torch.Tag.nondeterministic_seeded in node.target.tags or "inductor" in node.target.name()
         return not node.target._schema.is_mutable and not random

@@ -165,12 +165,32 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
         return _linear(a, policy)
     if policy.nonlinear_bits is None:
         return Keep(), f"biased through {dependence.op}: kept exact by the configuration"
-    if value.dim() < 2 or _torch.known_true(value.shape[-1] == 1):
+    if _is_column(value):
         return Keep(), f"one number per row, biased through {dependence.op}: kept exact"
-    bits, how = policy.nonlinear_bits, "in the configuration's bits"
-    if bits == "auto":
-        bits, how = _automatic(dependence, policy.bits)
+    bits, how = bits_of(dependence, value, policy), "in the configuration's bits"
+    assert bits is not None
+    if policy.nonlinear_bits == "auto":
+        over = dependence.averaged_over
+        how = f"by its variance over {over}" if over > 1 else "element by element"
     return _quantize(a, bits, policy), f"biased through {dependence.op}, {how}"
+
+
+def bits_of(dependence: Dependence, value: torch.Tensor, policy: Policy) -> int | None:
+    """Bits for a float of which the gradients depend so; None where it is kept exact."""
+    if not dependence.biased:
+        return policy.bits
+    if policy.nonlinear_bits is None or _is_column(value):
+        return None
+    if policy.nonlinear_bits != "auto":
+        return policy.nonlinear_bits
+    if dependence.averaged_over >= MANY and policy.bits is not None:
+        return policy.bits
+    return max(4, policy.bits or 4) if dependence.averaged_over >= FEW else 8
+
+
+def _is_column(value: torch.Tensor) -> bool:
+    """Whether a tensor has one number to a row."""
+    return value.dim() < 2 or _torch.known_true(value.shape[-1] == 1)
 
 
 def _linear(a: SavedActivation, policy: Policy) -> tuple[Codec, str]:
@@ -230,16 +250,6 @@ def is_constant(node: fx.Node) -> bool:
     """Whether a forward node is made of numbers and sizes alone."""
     makers = (torch.ops.aten.full.default, torch.ops.aten.arange.start_step, torch.ops.prims.iota.default)
     return node.target in makers and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes)
-
-
-def _automatic(dependence: Dependence, bits: int | None) -> tuple[int, str]:
-    """Bits for a float whose rounding biases by its variance over a number of elements, and that in words."""
-    over = dependence.averaged_over
-    if over >= MANY and bits is not None:
-        return bits, f"by its variance over {over}"
-    if over >= FEW:
-        return max(4, bits or 4), f"by its variance over {over}"
-    return 8, "element by element"
 
 
 def plane_width(width: Any, planes: int, group: int) -> int:
