@@ -18,7 +18,6 @@ from actcompile.kernels import rows_of
 
 from ._adjacency import Adjacency, Pointer, columns, like, pointer_to, rows, with_values
 
-
 _taught: list[Any] = []
 
 

@@ -21,6 +21,7 @@ from actcompile.passes.commute import commute
 from actcompile.passes.find import SavedActivation, find, module_path
 from actcompile.passes.masks import masks
 from actcompile.passes.plan import Plan, Policy, plan
+from actcompile.passes.reach import reach
 from actcompile.passes.rebuild import rebuild
 from actcompile.passes.replay import replay
 from actcompile.passes.rewrite import rewrite
@@ -41,6 +42,7 @@ def partition(
     *,
     config: Config,
     num_fwd_outputs: int,
+    only: frozenset[str] | None = None,
     **options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Partitions a joint graph as torch does, then rewrites both graphs so that saved activations are kept encoded.
@@ -48,16 +50,20 @@ def partition(
     Args:
         joint, inputs, num_fwd_outputs, options: as torch's `min_cut_rematerialization_partition` takes them.
         config: how activations are kept.
+        only: where given, the keys of the activations that may be rounded; all others are exact.
     """
     split = cut(joint, inputs, num_fwd_outputs, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
     saved_by_torch = find(split)
     chosen, spared = decide(split, config)
+    if only is not None:
+        chosen = chosen.rounding_only(only)
+    reached = reach(split)
     rewrite(split, chosen)
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, spared, config.inner)
+    report = record(split, chosen, saved_by_torch, spared, reached, config.inner)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
@@ -140,26 +146,26 @@ def source_hash() -> str:
 class Partitioner(_torch.CustomPartitionerFn):
     """`partition` as Inductor takes it; pickled into the compile caches' key, so it holds the config and no more."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, only: frozenset[str] | None = None) -> None:
+        self.config, self.only = config, only
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Partitioner, (self.config,)
+        return Partitioner, (self.config, self.only)
 
     def uuid(self) -> tuple[str, ...]:
-        return "actcompile", source_hash(), repr(self.config)
+        return "actcompile", source_hash(), repr(self.config), repr(self.only and sorted(self.only))
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return partition(gm, joint_inputs, config=self.config, **kwargs)
+        return partition(gm, joint_inputs, config=self.config, only=self.only, **kwargs)
 
 
 def compile_graph(
-    gm: fx.GraphModule, inputs: list[Any], config: Config
+    gm: fx.GraphModule, inputs: list[Any], config: Config, only: frozenset[str] | None = None
 ) -> tuple[Callable[..., Any], list[GraphReport]]:
     """Compiles one graph of Dynamo's; returns the callable and the reports of what was done to it (none without
-    gradients).
+    gradients). `only` as in `partition`.
 
     Raises:
         RuntimeError: the machine lacks a compiler that Inductor needs; the message says what to install.
@@ -168,7 +174,7 @@ def compile_graph(
         compiler = _torch.aot_autograd(
             fw_compiler=_torch.boxed_nop,
             bw_compiler=_torch.boxed_nop,
-            partition_fn=functools.partial(partition, config=config),
+            partition_fn=functools.partial(partition, config=config, only=only),
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,
         )
@@ -176,7 +182,8 @@ def compile_graph(
             return compiler(gm, inputs), reports
     check_compilers(inputs)
     with recording() as reports:
-        compiled: Any = _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": Partitioner(config)})
+        patches = {"custom_partitioner_fn": Partitioner(config, only)}
+        compiled: Any = _torch.compile_fx(gm, inputs, config_patches=patches)
     if not reports:  # from the cache, where the report is too, or a graph without backward
         cached = _report_cache.attached(compiled)
         if cached is not None:

@@ -24,6 +24,9 @@ class Rule:
     name: str
     value: Any = None
 
+    def __str__(self) -> str:
+        return f"actcompile.{self.name}({'' if self.value is None else repr(self.value)})"
+
 
 def keep() -> Rule:
     """Keeps everything that a module saves as it is."""

@@ -1,7 +1,7 @@
 """What was done to each saved activation, as plain data: printed as a table, drawn, and kept as JSON."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Row:
         through: the backward op that biases.
         codec, reason: how it is kept, and why.
         averaged_over: the bias is the rounding's variance over so many elements, 1 for element by element; 0: none.
+        reaches: positions of those of the graph's inputs whose gradients are computed from it.
     """
 
     name: str
@@ -48,6 +49,12 @@ class Row:
     through: str
     reason: str
     averaged_over: int = 0
+    reaches: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What names the activation: the module's path and the node's name, such as `convs.0/add`."""
+        return f"{self.module}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,8 @@ class GraphReport:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "GraphReport":
         """The inverse of `dataclasses.asdict`, also after a round trip through JSON."""
-        rows = tuple(Row(**{**r, "shape": tuple(r["shape"]), "uses": tuple(r["uses"])}) for r in data["rows"])
+        tuples = ("shape", "uses", "reaches")
+        rows = tuple(Row(**{**r, **{key: tuple(r[key]) for key in tuples}}) for r in data["rows"])
         nodes = {
             key: tuple(GraphNode(**{**n, "inputs": tuple(n["inputs"])}) for n in data[key])
             for key in ("forward_nodes", "backward_nodes")
@@ -167,6 +175,7 @@ def record(
     plan: Plan,
     saved_before: Iterable[SavedActivation],
     spared: Iterable[Spared],
+    reached: Mapping[fx.Node, tuple[int, ...]],
     inner: str,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
@@ -174,10 +183,14 @@ def record(
     Args:
         saved_before: what torch's own partition saved, before any pass of ours.
         spared: what is not saved any more, since backward does without it.
+        reached: what `reach` returned before the rewrite.
     """
     without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
-    rows = [_row(c, before.pop(c.activation.node.name, None)) for c in plan.choices]
+    rows = [
+        _row(c, before.pop(c.activation.node.name, None), reached.get(c.activation.placeholder, ()))
+        for c in plan.choices
+    ]
     rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
     return GraphReport(
         rows=tuple(sorted(rows, key=lambda r: -r.bytes_before)),
@@ -189,7 +202,7 @@ def record(
     )
 
 
-def _row(choice: Choice, before: SavedActivation | None) -> Row:
+def _row(choice: Choice, before: SavedActivation | None, reaches: tuple[int, ...]) -> Row:
     a = choice.activation
     rounded = choice.dependence if not isinstance(choice.codec, EXACT) else None
     return Row(
@@ -201,6 +214,7 @@ def _row(choice: Choice, before: SavedActivation | None) -> Row:
         through=(rounded.op or ("" if isinstance(choice.codec, UNBIASED) else "the codec")) if rounded else "",
         averaged_over=rounded.averaged_over if rounded else 0,
         reason=choice.reason if before else f"{choice.reason}; {_why_added(a)}",
+        reaches=reaches,
     )
 
 

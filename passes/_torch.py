@@ -101,6 +101,7 @@ __all__ = [
     "compile_fx",
     "compile_in_place",
     "compiling",
+    "compile_plain",
     "convert_frame",
     "decompose",
     "dispatch_in_traces",
@@ -111,6 +112,7 @@ __all__ = [
     "fake_values",
     "fallback_handler",
     "get_cpp_compiler",
+    "gradient_of",
     "graph_break_reasons",
     "guards",
     "inductor_partition",
@@ -145,15 +147,17 @@ def trace_artefact(name: str, encoding: str, payload: Any) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 
 
-def compile_in_place(model: torch.nn.Module, **options: Any) -> None:
+def compile_in_place(model: torch.nn.Module, **options: Any) -> Any:
     """`model.compile`, also for modules of torch itself, such as `nn.Sequential`, whose frames Dynamo skips.
+
+    Returns the compiled function.
 
     Those are called from a function of ours. Each gets a code object of its own, since Dynamo counts recompiles, and
     keeps what it compiled, by code object. `_compiled_call_impl` is what `nn.Module.compile` sets (2.0 to 2.13).
     """
     if type(model).forward.__module__.partition(".")[0] != "torch":
         model.compile(**options)
-        return
+        return model._compiled_call_impl
     call = model._call_impl
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -161,6 +165,21 @@ def compile_in_place(model: torch.nn.Module, **options: Any) -> None:
 
     own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
     model._compiled_call_impl = torch.compile(own, **options)  # type: ignore[assignment]
+    return model._compiled_call_impl
+
+
+def compile_plain(gm: torch.fx.GraphModule, inputs: list[Any], inner: str) -> Any:
+    """A graph compiled without us: by Inductor, or run op by op with the same decompositions and torch's own cut."""
+    if inner == "inductor":
+        return compile_fx(gm, inputs)
+    compiler = aot_autograd(
+        fw_compiler=boxed_nop,
+        bw_compiler=boxed_nop,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )
+    return compiler(gm, inputs)
 
 
 def compiling() -> bool:
@@ -175,6 +194,14 @@ def dispatch_in_traces(*functions: Any) -> None:
 
 def saved_descriptor(position: int) -> Any:
     return SavedForBackwardsAOTOutput(position)
+
+
+def gradient_of(descriptor: Any) -> int | None:
+    """The position of the graph's input whose gradient a backward output is, by its descriptor; None for others.
+
+    `GradAOTOutput(grad_of=PlainAOTInput(idx=3))` in `output.meta["desc"]` of the backward graph (2.11 to 2.14).
+    """
+    return getattr(getattr(descriptor, "grad_of", None), "idx", None)
 
 
 def size_hint(size: Any, fallback: int = 4096) -> int:

@@ -210,7 +210,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['[^']*'\]|^L__self__|^self", "", path)
+    path = re.sub(r"^(L\['[^']*'\]|L__self__|self)(\.__self__)?", "", path)  # __self__: of a bound method
     path = re.sub(r"_(modules|parameters|buffers)\['([^']*)'\]", r"\2", path)
     path = re.sub(r"\['([^']*)'\]|\[(\d+)\]", r".\1\2", path)
     return path.replace("..", ".").strip(".")

@@ -7,7 +7,7 @@ and returns the same `Plan`.
 import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from actcompile.kernels.format import EXPLICIT_BITS, LANES, Levels
 
 from . import _torch
 from .bias import Dependence
-from .codecs import Cast, Codec, Keep, LowRank, Narrow, PackBits, Prune, Quantize, Recompute, SampleRows
+from .codecs import EXACT, Cast, Codec, Keep, LowRank, Narrow, PackBits, Prune, Quantize, Recompute, SampleRows
 from .find import SavedActivation, dense_order, numel_hint
 from .signs import never_negative
 from .split import root
@@ -106,6 +106,16 @@ class Plan:
     @property
     def bytes_after(self) -> int:
         return sum(c.nbytes for c in self.choices)
+
+    def rounding_only(self, keys: Collection[str]) -> "Plan":
+        """The same plan, in which floats are rounded only where the activation's key is one of `keys`."""
+
+        def exact(choice: Choice) -> Choice:
+            if isinstance(choice.codec, EXACT) or choice.activation.key in keys:
+                return choice
+            return replace(choice, codec=Keep(), nbytes=choice.activation.nbytes, reason="kept exact, to compare")
+
+        return Plan(tuple(exact(choice) for choice in self.choices))
 
 
 def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, Dependence], policy: Policy) -> Plan:
