@@ -5,7 +5,7 @@ anyway. So backward can compute them again, exactly, at the cost of that layer's
 layers before them again, too, and a dropout's decisions; those are rounded instead.
 
 What may be done again is bounded three times: by one layer's depth (no product of a product, no aggregate of an
-aggregate); by size, no tensor larger than the largest that the step makes elsewhere, so that a wide first layer's messages
+aggregate); by size, no tensor larger than the largest that the step makes elsewhere, so that messages of wide features
 are not the peak of backward; and by a share of the forward's work. Within the share, what spares the most bytes for the
 work goes first.
 """
