@@ -130,6 +130,8 @@ def explain(
 
     result = _trace.trace(module, inputs, keywords, trace, dynamic=dynamic)
     notes = [f"graph break: {reason}" for reason in result.breaks]
+    if isinstance(module, nn.Module) and not module.training and made.when == "training":
+        notes.append("the model is in eval mode, where gradients are exact; after model.train() this shows training")
     notes += [f"sizes of {op} depend on data and were taken at their largest" for op in result.estimated]
     if result.stopped:
         notes.append(f"the trace ended here: {result.stopped}")

@@ -28,6 +28,7 @@ from actcompile.passes.standardise import offer
 from actcompile.passes.verify import verify
 
 from . import _log, _report_cache
+from ._call import guard_on_mode, in_training
 from .config import Config
 from .report import GraphReport, Spared, record
 
@@ -39,6 +40,7 @@ def partition(
     inputs: Sequence[object],
     *,
     config: Config,
+    training: bool = True,
     num_fwd_outputs: int,
     **options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -47,16 +49,17 @@ def partition(
     Args:
         joint, inputs, num_fwd_outputs, options: as torch's `min_cut_rematerialization_partition` takes them.
         config: how activations are kept.
+        training: whether the compiled module is in training mode.
     """
     split = cut(joint, inputs, num_fwd_outputs, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
     saved_by_torch = find(split)
-    chosen, spared = decide(split, config)
+    chosen, spared = decide(split, config.policy(training), config)
     rewrite(split, chosen)
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, spared, config.inner)
+    report = record(split, chosen, saved_by_torch, spared, config.inner, training)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
@@ -72,13 +75,12 @@ def cut(joint: fx.GraphModule, inputs: Sequence[object], num_fwd_outputs: int, *
     return Split(forward, backward, num_fwd_outputs, parameters)
 
 
-def decide(split: Split, config: Config) -> tuple[Plan, list[Spared]]:
+def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spared]]:
     """Chooses how each saved activation is kept; nothing of the gradients is lost yet.
 
     Changes what is saved: masks that act together become one, and what backward can do without is not saved; the latter
     is returned, too.
     """
-    policy = config.policy()
 
     def kind(node: fx.Node) -> Policy:
         return policy.for_module(module_path(node))
@@ -135,21 +137,21 @@ def source_hash() -> str:
 
 
 class Partitioner(_torch.CustomPartitionerFn):
-    """`partition` as Inductor takes it; pickled into the compile caches' key, so it holds the config and no more."""
+    """`partition` as Inductor takes it; pickled into the compile caches' key, so it holds what decides and no more."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, training: bool = True) -> None:
+        self.config, self.training = config, training
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Partitioner, (self.config,)
+        return Partitioner, (self.config, self.training)
 
     def uuid(self) -> tuple[str, ...]:
-        return "actcompile", source_hash(), repr(self.config)
+        return "actcompile", source_hash(), repr(self.config), f"training={self.training}"
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return partition(gm, joint_inputs, config=self.config, **kwargs)
+        return partition(gm, joint_inputs, config=self.config, training=self.training, **kwargs)
 
 
 def compile_graph(
@@ -161,11 +163,13 @@ def compile_graph(
     Raises:
         RuntimeError: the machine lacks a compiler that Inductor needs; the message says what to install.
     """
+    partitioner = Partitioner(config, in_training())
+    guard_on_mode()
     if config.inner == "aot_eager":
         compiler = _torch.aot_autograd(
             fw_compiler=_torch.boxed_nop,
             bw_compiler=_torch.boxed_nop,
-            partition_fn=functools.partial(partition, config=config),
+            partition_fn=partitioner,
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,
         )
@@ -173,7 +177,7 @@ def compile_graph(
             return compiler(gm, inputs), reports
     check_compilers(inputs)
     with recording() as reports:
-        compiled: Any = _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": Partitioner(config)})
+        compiled: Any = _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": partitioner})
     if not reports:  # from the cache, where the report is too, or a graph without backward
         cached = _report_cache.attached(compiled)
         if cached is not None:
@@ -204,11 +208,12 @@ def check_compilers(inputs: Sequence[Any]) -> None:
 
 def analyse(gm: fx.GraphModule, inputs: list[Any], config: Config) -> list[GraphReport]:
     """Does to a graph what `compile_graph` does up to the rewritten graphs, and compiles nothing."""
+    partitioner = Partitioner(config, in_training())
 
     def split(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         if config.inner == "aot_eager":
-            return partition(joint, joint_inputs, config=config, **kwargs)
-        return _torch.inductor_partition(joint, joint_inputs, Partitioner(config), **kwargs)
+            return partitioner(joint, joint_inputs, **kwargs)
+        return _torch.inductor_partition(joint, joint_inputs, partitioner, **kwargs)
 
     compiler = _torch.aot_autograd(
         fw_compiler=_torch.boxed_nop,

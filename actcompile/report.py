@@ -61,7 +61,10 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One compiled graph: its saved activations, and both rewritten graphs as code and as nodes."""
+    """One compiled graph: its saved activations, and both rewritten graphs as code and as nodes.
+
+    training: whether the module was in training mode; in eval mode nothing is rounded, unless the config asks for it.
+    """
 
     rows: tuple[Row, ...]
     forward: str
@@ -69,6 +72,7 @@ class GraphReport:
     forward_nodes: tuple[GraphNode, ...]
     backward_nodes: tuple[GraphNode, ...]
     inner: str
+    training: bool = True
 
     @property
     def bytes_before(self) -> int:
@@ -166,6 +170,7 @@ def record(
     saved_before: Iterable[SavedActivation],
     spared: Iterable[Spared],
     inner: str,
+    training: bool = True,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
 
@@ -184,6 +189,7 @@ def record(
         forward_nodes=_nodes(split.forward.graph, _ours),
         backward_nodes=_nodes(split.backward.graph, _ours),
         inner=inner,
+        training=training,
     )
 
 

@@ -22,6 +22,10 @@ from torch._dynamo import convert_frame, eval_frame, guards, pgo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.eval_frame import OptimizedModule  # what torch.compile(module) returns
+
+# A condition of our own under which Dynamo may take a compiled graph.
+from torch._dynamo.guards import install_guard
+from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.utils import graph_break_reasons
 
 # Descriptor of a forward output that is saved for backward; `output.meta["desc"]` must list one per output (2.11+).
@@ -34,7 +38,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 # The fake mode of a graph's values, needed to compute the fake values of inserted nodes.
-from torch._guards import detect_fake_mode
+from torch._guards import Guard, detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, partition_fn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -80,6 +84,8 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FloorDiv",
+    "GlobalStateSource",
+    "Guard",
     "IntInfinity",
     "InvalidCxxCompiler",
     "ModularIndexing",
@@ -107,6 +113,7 @@ __all__ = [
     "graph_break_reasons",
     "guards",
     "inductor_partition",
+    "install_guard",
     "known_true",
     "loop_ops",
     "lowerings",
