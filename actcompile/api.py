@@ -11,6 +11,7 @@ from actcompile.passes import _torch
 from actcompile.passes.plan import matches
 
 from . import _trace
+from ._call import noted
 from .backend import analyse, compile_graph
 from .config import Config
 from .report import GraphReport, Report
@@ -125,8 +126,9 @@ def explain(
     graphs: list[GraphReport] = []
 
     def trace(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        graphs.extend(analyse(gm, example_inputs, made))
-        return gm.forward
+        graphs.extend(found := analyse(gm, example_inputs, made))
+        kept = [(report.kept_inputs, report.kept_outputs) for report in found]
+        return noted(gm.forward, *(kept[0] if kept else ((), ())))
 
     result = _trace.trace(module, inputs, keywords, trace, dynamic=dynamic)
     notes = [f"graph break: {reason}" for reason in result.breaks]

@@ -28,7 +28,7 @@ from actcompile.passes.standardise import offer
 from actcompile.passes.verify import verify
 
 from . import _log, _report_cache
-from ._call import guard_on_mode, in_training
+from ._call import Situation, guard_on_mode, noted, situation
 from .config import Config
 from .report import GraphReport, Spared, record
 
@@ -40,7 +40,7 @@ def partition(
     inputs: Sequence[object],
     *,
     config: Config,
-    training: bool = True,
+    situation: Situation = Situation(),  # noqa: B008  frozen
     num_fwd_outputs: int,
     **options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -49,30 +49,36 @@ def partition(
     Args:
         joint, inputs, num_fwd_outputs, options: as torch's `min_cut_rematerialization_partition` takes them.
         config: how activations are kept.
-        training: whether the compiled module is in training mode.
+        situation: which part of a call the graph is.
     """
-    split = cut(joint, inputs, num_fwd_outputs, **options)
+    split = cut(joint, inputs, num_fwd_outputs, situation, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
     saved_by_torch = find(split)
-    chosen, spared = decide(split, config.policy(training), config)
+    chosen, spared = decide(split, config.policy(situation.training), config)
     rewrite(split, chosen)
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, spared, config.inner, training)
+    report = record(split, chosen, saved_by_torch, spared, config.inner, situation.training)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
 
 
-def cut(joint: fx.GraphModule, inputs: Sequence[object], num_fwd_outputs: int, **options: Any) -> Split:
+def cut(
+    joint: fx.GraphModule,
+    inputs: Sequence[object],
+    num_fwd_outputs: int,
+    situation: Situation = Situation(),  # noqa: B008
+    **options: Any,
+) -> Split:
     """Partitions a joint graph as torch does."""
     names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
     parameters = [names[i] for i in options.get("static_lifetime_input_indices") or ()]
     forward, backward = _torch.min_cut_rematerialization_partition(
         joint, inputs, num_fwd_outputs=num_fwd_outputs, **options
     )
-    return Split(forward, backward, num_fwd_outputs, parameters)
+    return Split(forward, backward, num_fwd_outputs, parameters, situation.crossing, situation.handed_on)
 
 
 def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spared]]:
@@ -139,19 +145,19 @@ def source_hash() -> str:
 class Partitioner(_torch.CustomPartitionerFn):
     """`partition` as Inductor takes it; pickled into the compile caches' key, so it holds what decides and no more."""
 
-    def __init__(self, config: Config, training: bool = True) -> None:
-        self.config, self.training = config, training
+    def __init__(self, config: Config, situation: Situation = Situation()) -> None:  # noqa: B008
+        self.config, self.situation = config, situation
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Partitioner, (self.config, self.training)
+        return Partitioner, (self.config, self.situation)
 
     def uuid(self) -> tuple[str, ...]:
-        return "actcompile", source_hash(), repr(self.config), f"training={self.training}"
+        return "actcompile", source_hash(), repr(self.config), repr(self.situation)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return partition(gm, joint_inputs, config=self.config, training=self.training, **kwargs)
+        return partition(gm, joint_inputs, config=self.config, situation=self.situation, **kwargs)
 
 
 def compile_graph(
@@ -163,7 +169,7 @@ def compile_graph(
     Raises:
         RuntimeError: the machine lacks a compiler that Inductor needs; the message says what to install.
     """
-    partitioner = Partitioner(config, in_training())
+    partitioner = Partitioner(config, situation(gm, inputs))
     guard_on_mode()
     if config.inner == "aot_eager":
         compiler = _torch.aot_autograd(
@@ -174,7 +180,7 @@ def compile_graph(
             keep_inference_input_mutations=True,
         )
         with recording() as reports:
-            return compiler(gm, inputs), reports
+            return _noted(compiler(gm, inputs), reports), reports
     check_compilers(inputs)
     with recording() as reports:
         compiled: Any = _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": partitioner})
@@ -182,7 +188,13 @@ def compile_graph(
         cached = _report_cache.attached(compiled)
         if cached is not None:
             reports = [GraphReport.from_dict(cached)]
-    return compiled, reports
+    return _noted(compiled, reports), reports
+
+
+def _noted(compiled: Callable[..., Any], reports: list[GraphReport]) -> Callable[..., Any]:
+    """`compiled`, with word of what it saves left to graphs that are compiled later in the same call."""
+    kept = [report for report in reports if report.kept_inputs or report.kept_outputs]
+    return noted(compiled, kept[0].kept_inputs, kept[0].kept_outputs) if kept else compiled
 
 
 def check_compilers(inputs: Sequence[Any]) -> None:
@@ -208,7 +220,7 @@ def check_compilers(inputs: Sequence[Any]) -> None:
 
 def analyse(gm: fx.GraphModule, inputs: list[Any], config: Config) -> list[GraphReport]:
     """Does to a graph what `compile_graph` does up to the rewritten graphs, and compiles nothing."""
-    partitioner = Partitioner(config, in_training())
+    partitioner = Partitioner(config, situation(gm, inputs))
 
     def split(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         if config.inner == "aot_eager":

@@ -64,6 +64,8 @@ class GraphReport:
     """One compiled graph: its saved activations, and both rewritten graphs as code and as nodes.
 
     training: whether the module was in training mode; in eval mode nothing is rounded, unless the config asks for it.
+    kept_inputs, kept_outputs: positions of what came from before a graph break, or goes on behind one, and is saved as it
+        is: graphs that are given it later in the call pay nothing for it.
     """
 
     rows: tuple[Row, ...]
@@ -73,6 +75,8 @@ class GraphReport:
     backward_nodes: tuple[GraphNode, ...]
     inner: str
     training: bool = True
+    kept_inputs: tuple[int, ...] = ()
+    kept_outputs: tuple[int, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -90,7 +94,8 @@ class GraphReport:
             key: tuple(GraphNode(**{**n, "inputs": tuple(n["inputs"])}) for n in data[key])
             for key in ("forward_nodes", "backward_nodes")
         }
-        return GraphReport(**{**data, "rows": rows, **nodes})
+        kept = {key: tuple(data[key]) for key in ("kept_inputs", "kept_outputs")}
+        return GraphReport(**{**data, "rows": rows, **nodes, **kept})
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,8 @@ def record(
         backward_nodes=_nodes(split.backward.graph, _ours),
         inner=inner,
         training=training,
+        kept_inputs=split.kept_inputs(),
+        kept_outputs=split.kept_outputs(),
     )
 
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from .bias import Dependence
 from .find import SavedActivation, module_path, numel_hint
-from .split import Split, call, is_tensor, is_view, root, writes
+from .split import Split, call, is_input, is_tensor, is_view, root, writes
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -88,7 +88,7 @@ def rebuild(
         except _NotFound:
             continue
         dependence = dependences.get(activation.placeholder)
-        bases = [n for n in expression.leaves if n in saved and n.op != "placeholder" and _is_float(n)]
+        bases = [n for n in expression.leaves if n in saved and not is_input(n) and _is_float(n)]
         masks = _saved_masks(expression.masks, saved)
         outputs = reached.from_(activation.placeholder)
         if any(kind(base) != kind(activation.node) for base in bases):
@@ -151,7 +151,7 @@ def _express(node: fx.Node, saved: Mapping[fx.Node, fx.Node]) -> _Expression:
     """
     if node.op == "placeholder" and any(writes(user) for user in node.users):
         raise _NotFound(node)  # backward would read what forward left in it
-    if node in saved or node.op == "placeholder":
+    if node in saved or is_input(node):
         return _Expression({node})
     if not is_tensor(node):
         raise _NotFound(node)
@@ -213,7 +213,7 @@ def _join(node: fx.Node, parts: list[_Expression]) -> _Expression:
 
 
 def _floats(expression: _Expression) -> set[fx.Node]:
-    return {n for n in expression.leaves if n.op != "placeholder" and _is_float(n)}
+    return {n for n in expression.leaves if not is_input(n) and _is_float(n)}
 
 
 def _saved_masks(masks: frozenset[Mask], saved: Mapping[fx.Node, fx.Node]) -> list[tuple[fx.Node, bool]] | None:

@@ -20,7 +20,7 @@ from torch import fx
 from . import _torch
 from .find import SavedActivation, numel_hint
 from .plan import is_constant
-from .split import Split, first_use, is_size, is_tensor, is_view, writes
+from .split import Split, first_use, is_input, is_size, is_tensor, is_view, writes
 
 aten = torch.ops.aten
 
@@ -141,7 +141,7 @@ def _depths(split: Split, exact: Collection[fx.Node]) -> dict[fx.Node, _Depth]:
     """The forward nodes that backward can compute again by one layer's work."""
     found: dict[fx.Node, _Depth] = {}
     for node in split.forward.graph.nodes:
-        if node in exact or (node.op == "placeholder" and not any(map(writes, node.users))):
+        if node in exact or (is_input(node) and not any(map(writes, node.users))):
             found[node] = _Depth()
             continue
         if not _is_repeatable(node) or not all(split.knows(size) for size in node.meta["val"].shape):
