@@ -11,6 +11,7 @@ from actcompile.passes import _torch
 from actcompile.passes.plan import matches
 
 from . import _trace
+from ._call import noted
 from ._sparse_inputs import accept_sparse, with_stand_ins
 from .backend import analyse, compile_graph
 from .config import Config
@@ -128,11 +129,14 @@ def explain(
     (inputs, keywords), _ = with_stand_ins(module, (inputs, keywords))
 
     def trace(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        graphs.extend(analyse(gm, example_inputs, made))
-        return gm.forward
+        graphs.extend(found := analyse(gm, example_inputs, made))
+        kept = [(report.kept_inputs, report.kept_outputs) for report in found]
+        return noted(gm.forward, *(kept[0] if kept else ((), ())))
 
     result = _trace.trace(module, inputs, keywords, trace, dynamic=dynamic)
     notes = [f"graph break: {reason}" for reason in result.breaks]
+    if isinstance(module, nn.Module) and not module.training and made.when == "training":
+        notes.append("the model is in eval mode, where gradients are exact; after model.train() this shows training")
     notes += [f"sizes of {op} depend on data and were taken at their largest" for op in result.estimated]
     if result.stopped:
         notes.append(f"the trace ended here: {result.stopped}")

@@ -70,7 +70,12 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One compiled graph: its saved activations, and both rewritten graphs as code and as nodes."""
+    """One compiled graph: its saved activations, and both rewritten graphs as code and as nodes.
+
+    training: whether the module was in training mode; in eval mode nothing is rounded, unless the config asks for it.
+    kept_inputs, kept_outputs: positions of what came from before a graph break, or goes on behind one, and is saved as it
+        is: graphs that are given it later in the call pay nothing for it.
+    """
 
     rows: tuple[Row, ...]
     forward: str
@@ -78,6 +83,9 @@ class GraphReport:
     forward_nodes: tuple[GraphNode, ...]
     backward_nodes: tuple[GraphNode, ...]
     inner: str
+    training: bool = True
+    kept_inputs: tuple[int, ...] = ()
+    kept_outputs: tuple[int, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -96,7 +104,8 @@ class GraphReport:
             key: tuple(GraphNode(**{**n, "inputs": tuple(n["inputs"])}) for n in data[key])
             for key in ("forward_nodes", "backward_nodes")
         }
-        return GraphReport(**{**data, "rows": rows, **nodes})
+        kept = {key: tuple(data[key]) for key in ("kept_inputs", "kept_outputs")}
+        return GraphReport(**{**data, "rows": rows, **nodes, **kept})
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,7 @@ def record(
     spared: Iterable[Spared],
     reached: Mapping[fx.Node, tuple[int, ...]],
     inner: str,
+    training: bool = True,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
 
@@ -199,6 +209,9 @@ def record(
         forward_nodes=_nodes(split.forward.graph, _ours),
         backward_nodes=_nodes(split.backward.graph, _ours),
         inner=inner,
+        training=training,
+        kept_inputs=split.kept_inputs(),
+        kept_outputs=split.kept_outputs(),
     )
 
 

@@ -23,13 +23,23 @@ from torch._dynamo import convert_frame, eval_frame, guards, pgo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.eval_frame import OptimizedModule  # what torch.compile(module) returns
+
+# A condition of our own under which Dynamo may take a compiled graph.
+from torch._dynamo.guards import install_guard
+from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
 from torch._dynamo.utils import graph_break_reasons
 
 # Dynamo's list of functions that it asks `__torch_function__` about; it leaves out those of torch.sparse.
 from torch._dynamo.variables.torch import get_overridable_functions
 
-# Descriptor of a forward output that is saved for backward; `output.meta["desc"]` must list one per output (2.11+).
-from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
+# Descriptors of the inputs and outputs of AOTAutograd's graphs: which of Dynamo's they are, and which output is saved for
+# backward; `output.meta["desc"]` must list one per output (2.11+).
+from torch._functorch._aot_autograd.descriptors import (
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    SavedForBackwardsAOTOutput,
+)
 
 # Marks a function that runs a graph as one that AOTAutograd may hand a list of arguments, to be emptied.
 from torch._functorch.aot_autograd import make_boxed_func
@@ -38,8 +48,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 # The fake mode of a graph's values, needed to compute the fake values of inserted nodes.
-# Beside it, what tells that Dynamo is at work on this thread.
-from torch._guards import CompileContext, detect_fake_mode
+# Beside it, what tells that Dynamo is at work on this thread, and a condition on a compiled graph.
+from torch._guards import CompileContext, Guard, detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, partition_fn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -69,6 +79,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 # Symbolic sizes: their environment, what is known of them without guarding, and their bounds.
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+
+# The identity of a tensor's memory, also of a fake one's, that does not keep it alive.
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 # Turns a sympy expression into graph nodes; torch's own runtime-assert pass uses it so.
@@ -85,6 +98,8 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FloorDiv",
+    "GlobalStateSource",
+    "Guard",
     "IntInfinity",
     "InvalidCxxCompiler",
     "ModularIndexing",
@@ -93,6 +108,7 @@ __all__ = [
     "Pointwise",
     "TensorBox",
     "ShapeEnv",
+    "StorageWeakRef",
     "UnsupportedFakeTensorException",
     "V",
     "aot_autograd",
@@ -114,8 +130,13 @@ __all__ = [
     "get_cpp_compiler",
     "gradient_of",
     "graph_break_reasons",
+    "graph_break_of",
     "guards",
     "inductor_partition",
+    "input_position",
+    "install_guard",
+    "is_input_mutation",
+    "known_before_the_call",
     "known_true",
     "least_product",
     "loop_ops",
@@ -124,6 +145,7 @@ __all__ = [
     "min_cut_rematerialization_partition",
     "most_ratio",
     "number",
+    "output_position",
     "pgo",
     "pytree",
     "register_lowering",
@@ -202,6 +224,34 @@ def gradient_of(descriptor: Any) -> int | None:
     `GradAOTOutput(grad_of=PlainAOTInput(idx=3))` in `output.meta["desc"]` of the backward graph (2.11 to 2.14).
     """
     return getattr(getattr(descriptor, "grad_of", None), "idx", None)
+
+
+def input_position(node: torch.fx.Node) -> int | None:
+    """Which input of Dynamo's graph a placeholder of AOTAutograd's is; None for a part of one, or a state."""
+    descriptor = node.meta.get("desc")
+    return descriptor.idx if isinstance(descriptor, PlainAOTInput) else None
+
+
+def output_position(descriptor: Any) -> int | None:
+    """Which output of Dynamo's graph an output of AOTAutograd's is."""
+    return descriptor.idx if isinstance(descriptor, PlainAOTOutput) else None
+
+
+def is_input_mutation(descriptor: Any) -> bool:
+    """Whether an output of AOTAutograd's graph is the new value of an input."""
+    return isinstance(descriptor, InputMutationAOTOutput)
+
+
+def known_before_the_call(placeholder: torch.fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a global, or belongs to a module; `_dynamo_source` tells where it was found."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return source is None or is_from_global_source(source) or is_from_unspecialized_nn_module_source(source)
+
+
+def graph_break_of(gm: torch.fx.GraphModule) -> Any:
+    """Dynamo's record of the break that ended a graph, with `reason` and `user_stack`; None for one that returns."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason if reason is not None and reason.graph_break else None
 
 
 def size_hint(size: Any, fallback: int = 4096) -> int:

@@ -27,7 +27,7 @@ from . import _torch
 from .find import SavedActivation, dense_order, module_path
 from .rebuild import computable
 from .rows import TRANSPOSED, Map, Names, extend, row_op, terms
-from .split import Split, call, writes
+from .split import Split, call, is_input, writes
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ def commute(split: Split, activations: Iterable[SavedActivation], kind: Callable
 
 
 def _alive(split: Split, node: fx.Node) -> bool:
-    return node.op == "placeholder" or any(node in (saved, _transposed(saved)) for saved, _ in split.pairs)
+    return is_input(node) or any(node in (saved, _transposed(saved)) for saved, _ in split.pairs)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _fits(
     dtypes = {n.meta["val"].dtype for n in (product.matrix, source, product.gradient, back.start)}
     if not _torch.known_true(narrow <= wide) or len(dtypes) > 1:
         return False
-    if source.op == "placeholder":
+    if is_input(source):
         return not any(writes(user) for user in source.users)  # else backward would not see what forward found there
     if kind(source) != kind(activation.node):
         return False

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from . import _torch
-from .split import Split, is_tensor, is_view, root
+from .split import Split, is_input, is_tensor, is_view, root
 
 aten = torch.ops.aten
 
@@ -79,17 +79,16 @@ def numel_hint(value: torch.Tensor) -> int:
 
 def find(split: Split) -> list[SavedActivation]:
     """Lists the saved values of `split` that are tensors, in the order of the forward's outputs."""
-    user_outputs = {root(n) for n in split.user_outputs if isinstance(n, fx.Node)}
     tensors = [n for n, _ in split.pairs if is_tensor(n)]
     roots = [root(n) for n in tensors]
-    shared = {r for r in roots if roots.count(r) > 1 and r.op != "placeholder"}
+    shared = {r for r in roots if roots.count(r) > 1 and not is_input(r)}
     paid: set[fx.Node] = set()
     found = []
     for node, placeholder in split.pairs:
         if not is_tensor(node):
             continue
         base = root(node)
-        refusal = _refusal(node, base, user_outputs)
+        refusal = _refusal(node, base, split.returned)
         if refusal is None and not all(split.knows(size) for size in node.meta["val"].shape):
             refusal = "its size depends on data and can't be handed on"
         if refusal is None and _uncast(node) in split.parameters:
@@ -97,7 +96,7 @@ def find(split: Split) -> list[SavedActivation]:
         bound = _bound(placeholder)
         if refusal is None and base in shared:
             refusal = "shares its memory with another saved activation"
-        free = base.op == "placeholder" or base in user_outputs or base in paid
+        free = is_input(base) or base in split.returned or base in paid
         storage = base.meta["val"] if is_tensor(base) else node.meta["val"]
         nbytes = 0 if free else numel_hint(storage) * storage.dtype.itemsize
         paid.add(base)
@@ -107,7 +106,7 @@ def find(split: Split) -> list[SavedActivation]:
                 placeholder=placeholder,
                 module=module_path(node),
                 source=source_line(node),
-                op=str(node.target) if node.op != "placeholder" else "input",
+                op=str(node.target) if node.op != "placeholder" else "input" if is_input(node) else "an earlier graph",
                 uses=tuple(dict.fromkeys(op_name(u) for u in placeholder.users)),
                 nbytes=nbytes,
                 refusal=refusal,
@@ -124,14 +123,14 @@ def _uncast(node: fx.Node) -> fx.Node:
     return node
 
 
-def _refusal(node: fx.Node, base: fx.Node, user_outputs: set[fx.Node]) -> str | None:
+def _refusal(node: fx.Node, base: fx.Node, returned: set[fx.Node]) -> str | None:
     value = node.meta["val"]
-    if base.op == "placeholder":
+    if is_input(base):
         kind = "an input, parameter or buffer" if base is node else "a view of an input, parameter or buffer"
         return f"{kind}: alive anyway"
     if base.op == "get_attr":
         return "a constant of the graph: alive anyway"
-    if base in user_outputs:
+    if base in returned:
         return "the model returns it, or a view of it"
     if value.layout is not torch.strided:
         return f"layout {value.layout} is not handled"

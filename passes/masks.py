@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import fx
 
-from .split import Split, call, is_tensor, root
+from .split import Split, call, is_input, is_tensor, root
 
 aten = torch.ops.aten
 
@@ -163,9 +163,7 @@ def _is_zero(value: object) -> bool:
 def _is_free(node: fx.Node, split: Split) -> bool:
     """Whether saving a forward node costs no memory, and so nothing of ours will change it."""
     base = root(node)
-    return base.op in ("placeholder", "get_attr") or any(
-        base is root(n) for n in split.user_outputs if isinstance(n, fx.Node)
-    )
+    return is_input(base) or base.op == "get_attr" or base in split.returned
 
 
 def _is_discrete(node: fx.Node) -> bool:

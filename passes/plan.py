@@ -48,6 +48,7 @@ class Policy:
         fitted: levels for single activations, by `SavedActivation.key`.
         min_bytes: tensors smaller than this are kept.
         lossless: False keeps everything as it is.
+        exact: why no float is rounded, or None.
         rules: (pattern of module paths, policy for what those modules save), first match wins.
     """
 
@@ -58,6 +59,7 @@ class Policy:
     metadata: torch.dtype = torch.bfloat16
     min_bytes: int = 16384
     lossless: bool = True
+    exact: str | None = None
     rows_per_block: int | None = None
     projection: int | None = None
     standardise: bool = True
@@ -159,6 +161,8 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
         return PackBits(plane_width(_row_width(a), 32, 32 * LANES)), "a mask: exact in one bit"
     if not value.is_floating_point():
         return _integer(a)
+    if policy.exact is not None:
+        return Keep(), policy.exact
     if policy.method is not None and policy.method[0] == "cast":
         return Cast(policy.method[1]), "rounded to nearest by the configuration: biased in itself"
     if dependence is None or not dependence.biased:

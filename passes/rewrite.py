@@ -51,7 +51,7 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
         encoded, decode = encode(split, choice.codec, x, seeds)
     if isinstance(choice.codec, Narrow) and not isinstance(activation.bound, int):
         _assert_fits(split, activation, choice.codec.dtype)
-    name, old = activation.node.name, activation.placeholder
+    name, old = activation.node.name.replace("primals_", "crossing_"), activation.placeholder  # torch reads "primals"
     labels = [f"{name}_{part}" for part in PARTS[: len(encoded)]]
     inputs = [split.save(e, label, like=activation.node) for e, label in zip(encoded, labels, strict=True)]
     for users in _uses_apart(old):

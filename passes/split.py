@@ -8,6 +8,8 @@ from torch import fx
 
 from . import _torch
 
+CROSSING = "actcompile_crossing"  # marks an input that was handed on across a graph break
+
 
 class Split:
     """A partitioned joint graph, as AOTAutograd's contract has it.
@@ -21,16 +23,33 @@ class Split:
         forward, backward: what torch's partitioner returned; both are changed in place.
         outputs: number of the forward's outputs that are not saved activations.
         parameters: names of the forward's inputs that live from step to step, parameters and buffers.
+        crossing: positions of Dynamo's inputs that come from before a graph break: nothing holds them but what saves them.
+        handed_on: whether the user's outputs go on to what follows a graph break, and are not held by the user.
     """
 
     def __init__(
-        self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int, parameters: Collection[str] = ()
+        self,
+        forward: fx.GraphModule,
+        backward: fx.GraphModule,
+        outputs: int,
+        parameters: Collection[str] = (),
+        crossing: Collection[int] = (),
+        handed_on: bool = False,
     ) -> None:
         self.forward, self.backward = forward, backward
         self.parameters = {n for n in forward.graph.find_nodes(op="placeholder") if n.name in parameters}
         self.output = forward.graph.output_node()
         returned = list(self.output.args[0])  # type: ignore[arg-type]
         self.user_outputs: list[Any] = returned[:outputs]
+        described = self.output.meta.get("desc") or [None] * outputs
+        self.returned = {  # what the user holds
+            root(n)
+            for n, descriptor in zip(self.user_outputs, described, strict=False)
+            if isinstance(n, fx.Node) and (not handed_on or _torch.is_input_mutation(descriptor))
+        }
+        for node in forward.graph.find_nodes(op="placeholder"):
+            if _torch.input_position(node) in crossing and is_tensor(node) and not any(map(writes, node.users)):
+                node.meta[CROSSING] = True
         saved, inputs = returned[outputs:], backward.graph.find_nodes(op="placeholder")
         sizes = sum(is_size(n) for n in saved)
         # By position: states of random generators (of checkpointed regions) have another name in either graph.
@@ -121,6 +140,27 @@ class Split:
             self.drop(placeholder)
         return [n for n, _ in unused]
 
+    def kept_inputs(self) -> tuple[int, ...]:
+        """Positions of Dynamo's inputs that come from before a graph break and are saved as they are."""
+        saved = {root(n) for n, _ in self.pairs}
+        positions = (
+            _torch.input_position(n)
+            for n in self.forward.graph.find_nodes(op="placeholder")
+            if n in saved and not is_input(n)
+        )
+        return tuple(p for p in positions if p is not None)
+
+    def kept_outputs(self) -> tuple[int, ...]:
+        """Positions of Dynamo's outputs that go on behind a graph break and are saved as they are."""
+        saved = {root(n) for n, _ in self.pairs} - self.returned
+        described = zip(self.user_outputs, self.output.meta.get("desc") or (), strict=False)
+        positions = (
+            _torch.output_position(d)
+            for n, d in described
+            if isinstance(n, fx.Node) and root(n) in saved and not is_input(root(n))
+        )
+        return tuple(p for p in positions if p is not None)
+
     def finish(self) -> None:
         """Writes the saved values back to the forward's output and recompiles both graphs."""
         saved = [n for n, _ in self.pairs]
@@ -136,6 +176,11 @@ class Split:
 
 def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_input(node: fx.Node) -> bool:
+    """Whether a node is an input of the model, a parameter or a buffer: alive anyway, whoever saves it."""
+    return node.op == "placeholder" and CROSSING not in node.meta
 
 
 def is_size(node: fx.Node) -> bool:
