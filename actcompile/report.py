@@ -15,8 +15,9 @@ from actcompile.passes.plan import Choice, Plan, is_constant
 from actcompile.passes.rebuild import Rebuilt
 from actcompile.passes.replay import Replayed
 from actcompile.passes.split import Split
+from actcompile.passes.views import Viewed
 
-Spared = Commuted | Rebuilt | Replayed
+Spared = Commuted | Rebuilt | Replayed | Viewed
 """An activation that backward does without, and why."""
 
 
@@ -175,7 +176,9 @@ def record(
     """
     without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
-    rows = [_row(c, before.pop(c.activation.node.name, None)) for c in plan.choices]
+    masks = {c.activation.node.name for c in plan.choices} - before.keys()
+    masks -= {n.name for s in without.values() if isinstance(s, Viewed) for n in s.instead}
+    rows = [_row(c, before.pop(c.activation.node.name, None), c.activation.node.name in masks) for c in plan.choices]
     rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
     return GraphReport(
         rows=tuple(sorted(rows, key=lambda r: -r.bytes_before)),
@@ -187,7 +190,7 @@ def record(
     )
 
 
-def _row(choice: Choice, before: SavedActivation | None) -> Row:
+def _row(choice: Choice, before: SavedActivation | None, is_mask: bool) -> Row:
     a = choice.activation
     rounded = choice.dependence if not isinstance(choice.codec, EXACT) else None
     return Row(
@@ -197,7 +200,7 @@ def _row(choice: Choice, before: SavedActivation | None) -> Row:
         codec=str(choice.codec),
         biased=rounded.biased or not isinstance(choice.codec, UNBIASED) if rounded else None,
         through=(rounded.op or ("" if isinstance(choice.codec, UNBIASED) else "the codec")) if rounded else "",
-        reason=choice.reason if before else f"{choice.reason}; taken in forward, so that no rounded value decides it",
+        reason=f"{choice.reason}; taken in forward, so that no rounded value decides it" if is_mask else choice.reason,
     )
 
 
@@ -205,7 +208,8 @@ def _dropped(a: SavedActivation, spared: Spared | None) -> Row:
     if a.refusal is not None:
         codec, reason = str(Keep()), a.refusal
     elif spared is not None:
-        codec, reason = "drop" if isinstance(spared, Commuted) else str(Recompute()), spared.reason
+        codec = {Commuted: "drop", Viewed: "view"}.get(type(spared), str(Recompute()))
+        reason = spared.reason
     elif is_constant(a.node):
         codec, reason = "drop", "a constant: backward does without it"
     else:
