@@ -28,6 +28,7 @@ from actcompile.passes.rewrite import rewrite
 from actcompile.passes.split import Split
 from actcompile.passes.standardise import offer
 from actcompile.passes.verify import verify
+from actcompile.passes.views import views
 
 from . import _log, _report_cache
 from ._call import Situation, guard_on_mode, noted, situation
@@ -105,8 +106,8 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
         floats = [a for a in find(split) if a.refusal is None and a.value.is_floating_point()]
         return bias(split.backward.graph, [a.placeholder for a in floats])
 
+    spared: list[Spared] = [*views(split, find(split), lambda n: policy.for_module(module_path(n)), policy.min_bytes)]
     masks(split, kept=[a.placeholder for a in find(split) if not policy.for_module(a.module).lossless])
-    spared: list[Spared] = []
     if config.rebuild:
         spared += commute(split, [a for a in wanted() if kind(a.node).bits is not None], kind)
         spared += rebuild(split, wanted(), dependences(), kind)

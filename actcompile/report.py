@@ -15,8 +15,9 @@ from actcompile.passes.plan import Choice, Plan, is_constant
 from actcompile.passes.rebuild import Rebuilt
 from actcompile.passes.replay import Replayed
 from actcompile.passes.split import Split
+from actcompile.passes.views import Viewed
 
-Spared = Commuted | Rebuilt | Replayed
+Spared = Commuted | Rebuilt | Replayed | Viewed
 """An activation that backward does without, and why."""
 
 
@@ -197,10 +198,12 @@ def record(
     """
     without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
-    rows = [
-        _row(c, before.pop(c.activation.node.name, None), reached.get(c.activation.placeholder, ()))
-        for c in plan.choices
-    ]
+    pieces = {n.name for s in without.values() if isinstance(s, Viewed) for n in s.instead}
+    rows = []
+    for choice in plan.choices:
+        was = before.pop((name := choice.activation.node.name), None)
+        added = "" if was or name in pieces else _why_added(choice.activation)
+        rows.append(_row(choice, was, added, reached.get(choice.activation.placeholder, ())))
     rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
     return GraphReport(
         rows=tuple(sorted(rows, key=lambda r: -r.bytes_before)),
@@ -215,7 +218,7 @@ def record(
     )
 
 
-def _row(choice: Choice, before: SavedActivation | None, reaches: tuple[int, ...]) -> Row:
+def _row(choice: Choice, before: SavedActivation | None, added: str, reaches: tuple[int, ...]) -> Row:
     a = choice.activation
     rounded = choice.dependence if not isinstance(choice.codec, EXACT) else None
     return Row(
@@ -226,7 +229,7 @@ def _row(choice: Choice, before: SavedActivation | None, reaches: tuple[int, ...
         biased=rounded.biased or not isinstance(choice.codec, UNBIASED) if rounded else None,
         through=(rounded.op or ("" if isinstance(choice.codec, UNBIASED) else "the codec")) if rounded else "",
         averaged_over=rounded.averaged_over if rounded else 0,
-        reason=choice.reason if before else f"{choice.reason}; {_why_added(a)}",
+        reason=f"{choice.reason}; {added}" if added else choice.reason,
         reaches=reaches,
     )
 
@@ -242,7 +245,8 @@ def _dropped(a: SavedActivation, spared: Spared | None) -> Row:
     if a.refusal is not None:
         codec, reason = str(Keep()), a.refusal
     elif spared is not None:
-        codec, reason = "drop" if isinstance(spared, Commuted) else str(Recompute()), spared.reason
+        codec = {Commuted: "drop", Viewed: "view"}.get(type(spared), str(Recompute()))
+        reason = spared.reason
     elif is_constant(a.node):
         codec, reason = "drop", "a constant: backward does without it"
     else:

@@ -1,4 +1,5 @@
 """Lossless forms: booleans as single bits (`pack_bits`, `unpack_bits`), integers in fewer bytes (`narrow`, `widen`).
+And a view of a larger tensor as a tensor of its own (`copy`).
 
 Bits are planar like `BlockFormat`'s codes: a group of `32 * words` booleans becomes `words` 32-bit words, and bit `k`
 of word `j` is boolean `k * words + j` of its group. Words are float32 tensors that carry bits, for the reason that
@@ -102,3 +103,18 @@ def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
 @widen.register_fake
 def _(x, dtype):
     return torch.empty_like(x, dtype=dtype)
+
+
+@torch.library.custom_op("actcompile::copy", mutates_args=())
+def copy(x: Tensor) -> Tensor:
+    """Copies a view of any strides to contiguous memory of its own.
+
+    `aten.clone` says the same, but Inductor takes one between tensors of equal strides for superfluous, and keeps the
+    memory that the view is of.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@copy.register_fake
+def _(x):
+    return x.new_empty(x.shape)

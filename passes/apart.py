@@ -15,7 +15,7 @@ from torch import fx
 
 from .bias import Dependence, bias
 from .find import SavedActivation, numel_hint
-from .masks import copy_to_forward, is_pure
+from .masks import is_pure
 from .plan import Policy, bits_of
 from .split import Split, is_tensor, is_view
 
@@ -104,7 +104,7 @@ def _reaches(source: fx.Node, cut: fx.Node | None) -> bool:
 
 
 def _save(split: Split, value: fx.Node) -> fx.Node:
-    node = copy_to_forward(value, split, split.origin())
+    node = split.copy_to_forward(value, split.origin())
     placeholder = split.save(node, f"{value.name}_apart")
     value.replace_all_uses_with(placeholder)
     split.drop_unused()

@@ -27,6 +27,17 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """As it is, in memory of its own: the larger tensor that it is a view of is let go."""
+
+    def __str__(self) -> str:
+        return "copy"
+
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        return math.prod(shape) * dtype.itemsize
+
+
+@dataclass(frozen=True)
 class Recompute:
     """Not at all: backward makes it anew from what it has."""
 
@@ -147,6 +158,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-Codec = Keep | Recompute | PackBits | Narrow | Quantize | Prune | LowRank | SampleRows | Cast
-EXACT = (Keep, Recompute, PackBits, Narrow)  # decoding gives back the same bits
+Codec = Keep | Copy | Recompute | PackBits | Narrow | Quantize | Prune | LowRank | SampleRows | Cast
+EXACT = (Keep, Copy, Recompute, PackBits, Narrow)  # decoding gives back the same bits
 UNBIASED = (*EXACT, Quantize, SampleRows)  # it gives the same mean, over the random bits of encoding

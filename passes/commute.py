@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from . import _torch
-from .find import SavedActivation, dense_order, module_path
+from .find import SavedActivation, module_path
 from .rebuild import computable
 from .rows import TRANSPOSED, Map, Names, extend, row_op, terms
 from .split import Split, call, is_input, writes
@@ -185,7 +185,7 @@ def _fits(
     if kind(source) != kind(activation.node):
         return False
     value = source.meta["val"]
-    new = dense_order(value) is not None and all(split.knows(size) for size in value.shape)
+    new = all(split.knows(size) for size in value.shape)
     return _alive(split, source) or (new and computable(split, source))
 
 

@@ -37,7 +37,8 @@ class SavedActivation:
         source: user source line, such as `model.py:12 x = conv(x, edge_index)`.
         op: what made it, such as `aten.add.Tensor`.
         uses: names of the backward ops that use it.
-        nbytes: bytes of memory that saving it costs; zero where another value pays for the same memory.
+        nbytes: bytes of memory that saving it costs: all of the memory that it is a view of, or its share of that
+            where other saved values are views of it, too; zero where the memory is alive anyway.
         refusal: why it can't be compressed, or None.
         bound: for an integer index, a size that its absolute value never exceeds (may be symbolic), else None.
     """
@@ -59,8 +60,7 @@ class SavedActivation:
     @property
     def shape(self) -> tuple[int, ...]:
         """Its sizes in the order of its memory, those of the trace where they are symbolic."""
-        order = dense_order(self.value) or range(self.value.dim())
-        return tuple(_torch.size_hint(self.value.shape[d]) for d in order)
+        return tuple(_torch.size_hint(self.value.shape[d]) for d in memory_order(self.value))
 
     @property
     def numel(self) -> int:
@@ -77,12 +77,14 @@ def numel_hint(value: torch.Tensor) -> int:
     return math.prod(_torch.size_hint(size) for size in value.shape)
 
 
+def own_nbytes(value: torch.Tensor) -> int:
+    """Bytes of its elements, at the sizes of the trace, whatever memory they are a view of."""
+    return numel_hint(value) * value.dtype.itemsize
+
+
 def find(split: Split) -> list[SavedActivation]:
     """Lists the saved values of `split` that are tensors, in the order of the forward's outputs."""
-    tensors = [n for n, _ in split.pairs if is_tensor(n)]
-    roots = [root(n) for n in tensors]
-    shared = {r for r in roots if roots.count(r) > 1 and not is_input(r)}
-    paid: set[fx.Node] = set()
+    shares = _shares(split)
     found = []
     for node, placeholder in split.pairs:
         if not is_tensor(node):
@@ -94,12 +96,6 @@ def find(split: Split) -> list[SavedActivation]:
         if refusal is None and _uncast(node) in split.parameters:
             refusal = "a parameter in another dtype: noise in it would reach every row"
         bound = _bound(placeholder)
-        if refusal is None and base in shared:
-            refusal = "shares its memory with another saved activation"
-        free = is_input(base) or base in split.returned or base in paid
-        storage = base.meta["val"] if is_tensor(base) else node.meta["val"]
-        nbytes = 0 if free else numel_hint(storage) * storage.dtype.itemsize
-        paid.add(base)
         found.append(
             SavedActivation(
                 node=node,
@@ -108,12 +104,28 @@ def find(split: Split) -> list[SavedActivation]:
                 source=source_line(node),
                 op=str(node.target) if node.op != "placeholder" else "input" if is_input(node) else "an earlier graph",
                 uses=tuple(dict.fromkeys(op_name(u) for u in placeholder.users)),
-                nbytes=nbytes,
+                nbytes=shares[node],
                 refusal=refusal,
                 bound=bound if bound is None or split.knows(bound) else None,
             )
         )
     return found
+
+
+def _shares(split: Split) -> dict[fx.Node, int]:
+    """Bytes of memory that every saved tensor keeps alive, in proportion to its own where several keep the same."""
+    holders: dict[fx.Node, list[fx.Node]] = {}
+    for node, _ in split.pairs:
+        if is_tensor(node):
+            holders.setdefault(root(node), []).append(node)
+    shares = {}
+    for base, nodes in holders.items():
+        left = 0 if split.is_free(base) else own_nbytes(base.meta["val"])
+        weights = [own_nbytes(n.meta["val"]) for n in nodes]
+        for position, node in enumerate(nodes):
+            shares[node] = left * weights[position] // max(sum(weights[position:]), 1)
+            left -= shares[node]
+    return shares
 
 
 def _uncast(node: fx.Node) -> fx.Node:
@@ -138,9 +150,14 @@ def _refusal(node: fx.Node, base: fx.Node, returned: set[fx.Node]) -> str | None
         return f"dtype {value.dtype} is not handled"
     if value.is_complex():
         return "complex numbers are not handled"
-    if dense_order(value) is None:
-        return "strides are not those of a dense tensor"
+    if numel_hint(value) > numel_hint(base.meta["val"]):
+        return "its strides overlap"
     return None
+
+
+def memory_order(value: torch.Tensor) -> list[int]:
+    """The permutation of dimensions that brings them into the order of memory, also where that has gaps."""
+    return dense_order(value) or sorted(range(value.dim()), key=lambda d: -_torch.size_hint(value.stride(d)))
 
 
 def dense_order(value: torch.Tensor) -> list[int] | None:

@@ -158,7 +158,7 @@ def _depths(split: Split, exact: Collection[fx.Node]) -> dict[fx.Node, _Depth]:
         if node in exact or (is_input(node) and not any(map(writes, node.users))):
             found[node] = _Depth()
             continue
-        if not _is_repeatable(node) or not all(split.knows(size) for size in node.meta["val"].shape):
+        if not _is_repeatable(node) or not all(split.knows(size) for v in _values(node) for size in v.shape):
             continue
         depth = _Depth()
         for operand in node.all_input_nodes:
@@ -176,13 +176,21 @@ def _depths(split: Split, exact: Collection[fx.Node]) -> dict[fx.Node, _Depth]:
 
 
 def _is_repeatable(node: fx.Node) -> bool:
-    """Whether a node makes a tensor, and the same one each time."""
+    """Whether a node makes a tensor, or views, and the same each time."""
     target = node.target
+    if is_view(node):
+        return True
     if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or writes(node):
         return False
     if torch.Tag.nondeterministic_seeded in target.tags:
         return False
-    return is_view(node) or torch.Tag.pointwise in target.tags or target in (*PRODUCTS, *TAKES, *SUMS, *MAKERS)
+    return torch.Tag.pointwise in target.tags or target in (*PRODUCTS, *TAKES, *SUMS, *MAKERS)
+
+
+def _values(node: fx.Node) -> list[torch.Tensor]:
+    """What a node makes: a tensor, or the views of `split` or `unbind`."""
+    value = node.meta["val"]
+    return [value] if isinstance(value, torch.Tensor) else list(value)
 
 
 def _is_column(node: fx.Node) -> bool:
