@@ -11,6 +11,7 @@ from actcompile.passes import _torch
 from actcompile.passes.plan import matches
 
 from . import _trace
+from ._capture import capture_sizes
 from .backend import analyse, compile_graph
 from .config import Config
 from .report import GraphReport, Report
@@ -63,6 +64,7 @@ def compress(
     return model
 
 
+@capture_sizes
 def backend(gm: fx.GraphModule, inputs: list[Any], *, options: dict[str, Any] | None = None, **_: Any) -> Any:
     """The backend of `torch.compile(model, backend="actcompile", options={...})`; options are fields of `Config`."""
     return _compile(gm, inputs, Config.make(**(options or {})), [])
@@ -79,6 +81,7 @@ def _check_rules(model: nn.Module, config: Config) -> None:
 
 
 def _backend_with(config: Config, reports: list[GraphReport]) -> Callable[..., Any]:
+    @capture_sizes
     def actcompile(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         return _compile(gm, inputs, config, reports)
 

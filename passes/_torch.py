@@ -10,6 +10,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch._functorch.config as functorch_config
 
 # Inductor, its joint passes with whatever partitioner is configured, and the class such a partitioner must have.
 import torch._inductor.config as inductor_config
@@ -21,7 +22,13 @@ from torch._dynamo import convert_frame, eval_frame, guards, pgo
 # The backend that runs graphs as they are, giving up its arguments as it goes (so that memory is freed).
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
-from torch._dynamo.eval_frame import OptimizedModule  # what torch.compile(module) returns
+
+# What traces a frame for a backend, and the backend inside of torch's wrappers: a setting of Dynamo's for ours alone.
+from torch._dynamo.convert_frame import ConvertFrameAssert
+from torch._dynamo.eval_frame import (
+    OptimizedModule,  # what torch.compile(module) returns
+    innermost_backend,
+)
 from torch._dynamo.utils import graph_break_reasons
 
 # Descriptor of a forward output that is saved for backward; `output.meta["desc"]` must list one per output (2.11+).
@@ -63,7 +70,12 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import make_fx
 
 # Symbolic sizes: their environment, what is known of them without guarding, and their bounds.
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+    statically_known_true,
+)
 from torch.utils import _pytree as pytree
 
 # Turns a sympy expression into graph nodes; torch's own runtime-assert pass uses it so.
@@ -74,12 +86,14 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import bound_sympy
 
 __all__ = [
+    "ConvertFrameAssert",
     "CustomPartitionerFn",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "FloorDiv",
+    "GuardOnDataDependentSymNode",
     "IntInfinity",
     "InvalidCxxCompiler",
     "ModularIndexing",
@@ -103,10 +117,13 @@ __all__ = [
     "expression",
     "fake_values",
     "fallback_handler",
+    "free_unbacked_symbols",
+    "functorch_config",
     "get_cpp_compiler",
     "graph_break_reasons",
     "guards",
     "inductor_partition",
+    "innermost_backend",
     "known_true",
     "loop_ops",
     "lowerings",
