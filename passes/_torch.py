@@ -3,7 +3,9 @@
 Read and tried with torch 2.13.0.
 """
 
+import sys
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -106,6 +108,7 @@ __all__ = [
     "V",
     "aot_autograd",
     "bound_sympy",
+    "bound",
     "boxed_nop",
     "compile_fx",
     "compile_in_place",
@@ -138,6 +141,7 @@ __all__ = [
     "size_node",
     "sympy",
     "trace_artefact",
+    "unify",
 ]
 
 
@@ -174,12 +178,47 @@ def saved_descriptor(position: int) -> Any:
     return SavedForBackwardsAOTOutput(position)
 
 
+_largest: "weakref.WeakKeyDictionary[ShapeEnv, dict[Any, int]]" = weakref.WeakKeyDictionary()
+
+
 def size_hint(size: Any, fallback: int = 4096) -> int:
-    """The value that a symbolic size had when it was traced, or a guess; never guards."""
+    """The value that a size had when it was traced; never guards.
+
+    What depends on data counts with the largest value that it can have, or, where there is no such, with a guess.
+    """
     if isinstance(size, int):
         return size
-    hint = getattr(size.node, "hint", None)  # SymNode.hint: None for unbacked sizes
-    return int(hint) if isinstance(hint, int) else fallback
+    expr, env = size.node.expr, size.node.shape_env
+    return int(expr.xreplace({symbol: _value(symbol, env, fallback) for symbol in expr.free_symbols}))
+
+
+def _value(symbol: Any, env: ShapeEnv, fallback: int) -> int:
+    traced = getattr(env, "backed_var_to_val", None) or env.var_to_val  # the name up to 2.11
+    if symbol in traced:
+        return traced[symbol]
+    if symbol in (known := _largest.get(env, {})):
+        return known[symbol]
+    largest = env.var_to_range[symbol].upper if symbol in env.var_to_range else None
+    return int(largest) if largest is not None and largest < sys.maxsize - 1 else fallback
+
+
+def bound(size: Any, largest: int) -> None:
+    """Takes down how large a size is at most, at the sizes of the trace, if its value depends on data."""
+    if _is_unbacked(size):
+        known = _largest.setdefault(size.node.shape_env, {})
+        known[size.node.expr] = min(largest, size_hint(size, largest))
+
+
+def unify(known: Any, size: Any) -> None:
+    """Gives a size that depends on data the symbol of one that is the same."""
+    if _is_unbacked(known) and _is_unbacked(size) and known.node.expr != size.node.expr:
+        size.node.shape_env._rename_unbacked_to(size.node.expr, known.node.expr)
+
+
+def _is_unbacked(size: Any) -> bool:
+    if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
+        return False
+    return bool(free_unbacked_symbols(size))
 
 
 def known_true(condition: Any) -> bool:
