@@ -6,7 +6,7 @@ Read and tried with torch 2.13.0.
 import sys
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -128,9 +128,11 @@ __all__ = [
     "inductor_partition",
     "innermost_backend",
     "known_true",
+    "largest",
     "loop_ops",
     "lowerings",
     "make_boxed_func",
+    "makes_sizes",
     "min_cut_rematerialization_partition",
     "pgo",
     "pytree",
@@ -178,7 +180,7 @@ def saved_descriptor(position: int) -> Any:
     return SavedForBackwardsAOTOutput(position)
 
 
-_largest: "weakref.WeakKeyDictionary[ShapeEnv, dict[Any, int]]" = weakref.WeakKeyDictionary()
+_bounds: "weakref.WeakKeyDictionary[ShapeEnv, dict[Any, int]]" = weakref.WeakKeyDictionary()
 
 
 def size_hint(size: Any, fallback: int = 4096) -> int:
@@ -196,7 +198,7 @@ def _value(symbol: Any, env: ShapeEnv, fallback: int) -> int:
     traced = getattr(env, "backed_var_to_val", None) or env.var_to_val  # the name up to 2.11
     if symbol in traced:
         return traced[symbol]
-    if symbol in (known := _largest.get(env, {})):
+    if symbol in (known := _bounds.get(env, {})):
         return known[symbol]
     largest = env.var_to_range[symbol].upper if symbol in env.var_to_range else None
     return int(largest) if largest is not None and largest < sys.maxsize - 1 else fallback
@@ -205,7 +207,7 @@ def _value(symbol: Any, env: ShapeEnv, fallback: int) -> int:
 def bound(size: Any, largest: int) -> None:
     """Takes down how large a size is at most, at the sizes of the trace, if its value depends on data."""
     if _is_unbacked(size):
-        known = _largest.setdefault(size.node.shape_env, {})
+        known = _bounds.setdefault(size.node.shape_env, {})
         known[size.node.expr] = min(largest, size_hint(size, largest))
 
 
@@ -213,6 +215,12 @@ def unify(known: Any, size: Any) -> None:
     """Gives a size that depends on data the symbol of one that is the same."""
     if _is_unbacked(known) and _is_unbacked(size) and known.node.expr != size.node.expr:
         size.node.shape_env._rename_unbacked_to(size.node.expr, known.node.expr)
+
+
+def makes_sizes(node: torch.fx.Node) -> bool:
+    """Whether a node's value has sizes that depend on data and that none of its arguments has, as `nonzero` makes."""
+    sizes = free_unbacked_symbols(node.meta["val"])
+    return bool(sizes - free_unbacked_symbols([n.meta["val"] for n in node.all_input_nodes]))
 
 
 def _is_unbacked(size: Any) -> bool:
@@ -224,6 +232,15 @@ def _is_unbacked(size: Any) -> bool:
 def known_true(condition: Any) -> bool:
     """Whether a symbolic condition is true for all sizes; never guards."""
     return statically_known_true(condition)
+
+
+def largest(sizes: Sequence[Any]) -> Any:
+    """The largest of several sizes, symbolic where only a run can tell; never guards."""
+    found = sizes[0]
+    for size in sizes[1:]:
+        if not known_true(size <= found):
+            found = size if known_true(found <= size) else torch.sym_max(found, size)
+    return found
 
 
 def expression(size: Any) -> Any:

@@ -24,7 +24,13 @@ aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 TAKES = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default)
 SUMS = (aten.scatter_add.default, aten.index_put.default, aten.index_add.default)
-MAKERS = (aten.full.default, aten.cat.default, aten.arange.start_step, torch.ops.prims.iota.default)
+MAKERS = (
+    aten.full.default,
+    aten.scalar_tensor.default,
+    aten.cat.default,
+    aten.arange.start_step,
+    torch.ops.prims.iota.default,
+)
 INTENSITY = 16  # floating-point operations that take as long as moving one byte
 
 
@@ -143,7 +149,7 @@ def _is_repeatable(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or writes(node):
         return False
-    if torch.Tag.nondeterministic_seeded in target.tags:
+    if torch.Tag.nondeterministic_seeded in target.tags or _torch.makes_sizes(node):
         return False
     return is_view(node) or torch.Tag.pointwise in target.tags or target in (*PRODUCTS, *TAKES, *SUMS, *MAKERS)
 

@@ -66,9 +66,10 @@ class Split:
     def save_symbol(self, symbol: Any) -> fx.Node:
         """Saves the value of a size's symbol, which torch leaves out where only sums with it are needed."""
         node, dim = self._dimension(symbol)  # type: ignore[misc]
-        graph = self.forward.graph
-        with graph.inserting_after(max(node, *graph.find_nodes(op="placeholder"))):
-            size = call(graph, torch.ops.aten.sym_size.int, node, dim, like=node)
+        graph, size = self.forward.graph, node
+        if dim is not None:
+            with graph.inserting_after(max(node, *graph.find_nodes(op="placeholder"))):
+                size = call(graph, torch.ops.aten.sym_size.int, node, dim, like=node)
         first = next((p for _, p in self.pairs if is_tensor(p)), None) or self._first_runtime_input()
         with self.backward.graph.inserting_before(first):
             placeholder = self.backward.graph.placeholder(f"{size.name}_{symbol}")
@@ -97,10 +98,13 @@ class Split:
         saved = {_torch.expression(v) for _, p in self.pairs if isinstance(v := p.meta.get("val"), torch.SymInt)}
         return expression in saved or all(s in saved or self._dimension(s) for s in expression.free_symbols)
 
-    def _dimension(self, symbol: Any) -> tuple[fx.Node, int] | None:
-        """A forward tensor, and its dimension whose size is a symbol."""
+    def _dimension(self, symbol: Any) -> tuple[fx.Node, int | None] | None:
+        """A forward node that is a size of this symbol (with None), or a tensor and its dimension that has it."""
         for node in self.forward.graph.nodes:
-            for dim, size in enumerate(node.meta["val"].shape if is_tensor(node) else ()):
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and _torch.expression(value) == symbol:
+                return node, None
+            for dim, size in enumerate(value.shape if is_tensor(node) else ()):
                 if not isinstance(size, int) and _torch.expression(size) == symbol:
                     return node, dim
         return None
