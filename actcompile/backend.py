@@ -54,6 +54,7 @@ def partition(
     saved_by_torch = find(split)
     chosen, spared = decide(split, config)
     rewrite(split, chosen)
+    split.hand_on(split.symbols(saved_by_torch).values())
     split.finish()
     verify(split, chosen, outputs, gradients)
 

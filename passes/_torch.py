@@ -6,7 +6,7 @@ Read and tried with torch 2.13.0.
 import sys
 import types
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -117,9 +117,11 @@ __all__ = [
     "detect_fake_mode",
     "dynamo_config",
     "eval_frame",
+    "evaluate",
     "expression",
     "fake_values",
     "fallback_handler",
+    "formula",
     "free_unbacked_symbols",
     "functorch_config",
     "get_cpp_compiler",
@@ -127,6 +129,7 @@ __all__ = [
     "guards",
     "inductor_partition",
     "innermost_backend",
+    "is_unbacked",
     "known_true",
     "largest",
     "loop_ops",
@@ -140,7 +143,9 @@ __all__ = [
     "saved_descriptor",
     "select_decomp_table",
     "size_hint",
+    "sizes_for_backward",
     "size_node",
+    "symbols",
     "sympy",
     "trace_artefact",
     "unify",
@@ -206,14 +211,14 @@ def _value(symbol: Any, env: ShapeEnv, fallback: int) -> int:
 
 def bound(size: Any, largest: int) -> None:
     """Takes down how large a size is at most, at the sizes of the trace, if its value depends on data."""
-    if _is_unbacked(size):
+    if is_unbacked(size):
         known = _bounds.setdefault(size.node.shape_env, {})
         known[size.node.expr] = min(largest, size_hint(size, largest))
 
 
 def unify(known: Any, size: Any) -> None:
     """Gives a size that depends on data the symbol of one that is the same."""
-    if _is_unbacked(known) and _is_unbacked(size) and known.node.expr != size.node.expr:
+    if is_unbacked(known) and is_unbacked(size) and known.node.expr != size.node.expr:
         size.node.shape_env._rename_unbacked_to(size.node.expr, known.node.expr)
 
 
@@ -223,7 +228,8 @@ def makes_sizes(node: torch.fx.Node) -> bool:
     return bool(sizes - free_unbacked_symbols([n.meta["val"] for n in node.all_input_nodes]))
 
 
-def _is_unbacked(size: Any) -> bool:
+def is_unbacked(size: Any) -> bool:
+    """Whether a size is a symbol whose value depends on data."""
     if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
         return False
     return bool(free_unbacked_symbols(size))
@@ -241,6 +247,41 @@ def largest(sizes: Sequence[Any]) -> Any:
         if not known_true(size <= found):
             found = size if known_true(found <= size) else torch.sym_max(found, size)
     return found
+
+
+def formula(size: Any) -> str:
+    """A size that a run decides as text, such as `4*u0 + 8000`; empty for a number."""
+    return "" if isinstance(size, int) or size.node.expr.is_Integer else str(size.node.expr)
+
+
+def evaluate(text: str, values: Mapping[str, int]) -> int | None:
+    """The value of a `formula` with these values of its symbols; None where one is missing."""
+    value = sympy.sympify(text).subs(dict(values))
+    return int(value) if value.is_Integer else None
+
+
+def symbols(sizes: Iterable[Any]) -> dict[str, Any]:
+    """The symbols in sizes, by name in the order of names, each as a size."""
+    found = {
+        str(symbol): size.node.shape_env.create_symintnode(symbol, hint=None)
+        for size in sizes
+        if isinstance(size, torch.SymInt)
+        for symbol in size.node.expr.free_symbols
+    }
+    return dict(sorted(found.items()))
+
+
+def sizes_for_backward(outputs: Sequence[Any]) -> tuple[int, ...]:
+    """The sizes that a compiled forward handed to its backward, in order; none where it saved nothing.
+
+    `symints` of the context of AOTAutograd's `CompiledFunction`, which is the `grad_fn` of what it returns, or of what
+    that is a view of (2.11 to 2.14).
+    """
+    nodes = [t.grad_fn for t in outputs if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+    for node in [*nodes, *(n.next_functions[0][0] for n in nodes if n.next_functions)]:
+        if (sizes := getattr(node, "symints", None)) is not None:
+            return tuple(sizes)
+    return ()
 
 
 def expression(size: Any) -> Any:

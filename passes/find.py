@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -59,10 +59,15 @@ class SavedActivation:
         return self.node.meta["val"]
 
     @property
+    def sizes(self) -> tuple[Any, ...]:
+        """Its sizes in the order of its memory."""
+        order = dense_order(self.value) or range(self.value.dim())
+        return tuple(self.value.shape[d] for d in order)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Its sizes in the order of its memory, those of the trace where they are symbolic."""
-        order = dense_order(self.value) or range(self.value.dim())
-        return tuple(_torch.size_hint(self.value.shape[d]) for d in order)
+        return tuple(map(_torch.size_hint, self.sizes))
 
     @property
     def numel(self) -> int:
