@@ -12,6 +12,7 @@ as if the setting had never been.
 
 import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,9 @@ from actcompile.passes._torch import (
 Backend = TypeVar("Backend", bound=Callable[..., Any])
 
 SETTING = "capture_dynamic_output_shape_ops"
+_capturing: ContextVar[bool] = ContextVar(
+    "actcompile_capturing", default=False
+)  # not set where it is the user's setting
 
 
 class _NeedsSizes(RuntimeError):
@@ -40,22 +44,20 @@ def capture_sizes(backend: Backend) -> Backend:
 
     @functools.wraps(backend)
     def compile_graph(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-        if not _depends_on_data(gm):
+        if not (_capturing.get() and _depends_on_data(gm)):
             return backend(gm, inputs, **options)
         try:
             # Backward now, not at its first call, so that what its compiler cannot do is known here.
             with functorch_config.patch(force_non_lazy_backward_lowering=True):
                 return backend(gm, inputs, **options)
         except Exception as error:
-            if getattr(dynamo_config, SETTING):
-                raise
             raise _NeedsSizes("sizes that depend on data could not be compiled") from error
 
     compile_graph._captures_sizes = True  # type: ignore[attr-defined]
     return compile_graph  # type: ignore[return-value]
 
 
-def _capturing(convert: Callable[..., Any]) -> Callable[..., Any]:
+def _with_sizes(convert: Callable[..., Any]) -> Callable[..., Any]:
     """`ConvertFrameAssert.__call__`, which traces a frame and compiles its graphs, or raises."""
 
     @functools.wraps(convert)
@@ -64,6 +66,7 @@ def _capturing(convert: Callable[..., Any]) -> Callable[..., Any]:
         backend = getattr(backend, "compiler_fn", backend)  # torch.compile keeps it in an object of its own
         if getattr(dynamo_config, SETTING) or not getattr(backend, "_captures_sizes", False):
             return convert(self, *args, **options)
+        token = _capturing.set(True)
         try:
             # Called under Dynamo's compile lock, so no other trace sees this, also where the setting is not per thread.
             with dynamo_config.patch({SETTING: True}):
@@ -71,6 +74,8 @@ def _capturing(convert: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if not any(isinstance(e, _NeedsSizes | GuardOnDataDependentSymNode) for e in _causes(error)):
                 raise
+        finally:
+            _capturing.reset(token)
         return convert(self, *args, **options)
 
     return call
@@ -97,4 +102,4 @@ def _depends_on_data(gm: fx.GraphModule) -> bool:
     )
 
 
-ConvertFrameAssert.__call__ = _capturing(ConvertFrameAssert.__call__)  # type: ignore[method-assign]
+ConvertFrameAssert.__call__ = _with_sizes(ConvertFrameAssert.__call__)  # type: ignore[method-assign]

@@ -200,7 +200,7 @@ def size_hint(size: Any, fallback: int = 4096) -> int:
 
 
 def _value(symbol: Any, env: ShapeEnv, fallback: int) -> int:
-    traced = getattr(env, "backed_var_to_val", None) or env.var_to_val  # the name up to 2.11
+    traced = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # of older versions
     if symbol in traced:
         return traced[symbol]
     if symbol in (known := _bounds.get(env, {})):
