@@ -25,6 +25,7 @@ from actcompile.passes.reach import reach
 from actcompile.passes.rebuild import rebuild
 from actcompile.passes.replay import replay
 from actcompile.passes.rewrite import rewrite
+from actcompile.passes.sizes import sizes
 from actcompile.passes.split import Split
 from actcompile.passes.standardise import offer
 from actcompile.passes.verify import verify
@@ -64,6 +65,7 @@ def partition(
         chosen = chosen.rounding_only(only)
     reached = reach(split)
     rewrite(split, chosen)
+    split.hand_on(split.symbols(saved_by_torch).values())
     split.finish()
     verify(split, chosen, outputs, gradients)
 
@@ -81,6 +83,7 @@ def cut(
     **options: Any,
 ) -> Split:
     """Partitions a joint graph as torch does."""
+    sizes(joint.graph)
     names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
     parameters = [names[i] for i in options.get("static_lifetime_input_indices") or ()]
     forward, backward = _torch.min_cut_rematerialization_partition(

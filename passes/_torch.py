@@ -4,13 +4,16 @@ Read and tried with torch 2.13.0.
 """
 
 import math
+import sys
 import types
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import sympy
 import torch
+import torch._functorch.config as functorch_config
 
 # Inductor, its joint passes with whatever partitioner is configured, and the class such a partitioner must have.
 import torch._inductor.config as inductor_config
@@ -22,9 +25,14 @@ from torch._dynamo import convert_frame, eval_frame, guards, pgo
 # The backend that runs graphs as they are, giving up its arguments as it goes (so that memory is freed).
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
-from torch._dynamo.eval_frame import OptimizedModule  # what torch.compile(module) returns
 
-# A condition of our own under which Dynamo may take a compiled graph.
+# A condition of our own under which Dynamo may take a compiled graph; and what traces a frame for a backend, and the
+# backend inside of torch's wrappers: a setting of Dynamo's for ours alone.
+from torch._dynamo.convert_frame import ConvertFrameAssert
+from torch._dynamo.eval_frame import (
+    OptimizedModule,  # what torch.compile(module) returns
+    innermost_backend,
+)
 from torch._dynamo.guards import install_guard
 from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
 from torch._dynamo.utils import graph_break_reasons
@@ -78,7 +86,12 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import make_fx
 
 # Symbolic sizes: their environment, what is known of them without guarding, and their bounds.
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+    statically_known_true,
+)
 
 # The identity of a tensor's memory, also of a fake one's, that does not keep it alive.
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -92,6 +105,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import bound_sympy
 
 __all__ = [
+    "ConvertFrameAssert",
     "CustomPartitionerFn",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -100,6 +114,7 @@ __all__ = [
     "FloorDiv",
     "GlobalStateSource",
     "Guard",
+    "GuardOnDataDependentSymNode",
     "IntInfinity",
     "InvalidCxxCompiler",
     "ModularIndexing",
@@ -113,6 +128,7 @@ __all__ = [
     "V",
     "aot_autograd",
     "bound_sympy",
+    "bound",
     "boxed_nop",
     "compile_fx",
     "compile_in_place",
@@ -124,9 +140,13 @@ __all__ = [
     "detect_fake_mode",
     "dynamo_config",
     "eval_frame",
+    "evaluate",
     "expression",
     "fake_values",
     "fallback_handler",
+    "formula",
+    "free_unbacked_symbols",
+    "functorch_config",
     "get_cpp_compiler",
     "gradient_of",
     "graph_break_reasons",
@@ -139,9 +159,14 @@ __all__ = [
     "known_before_the_call",
     "known_true",
     "least_product",
+    "innermost_backend",
+    "is_unbacked",
+    "known_true",
+    "largest",
     "loop_ops",
     "lowerings",
     "make_boxed_func",
+    "makes_sizes",
     "min_cut_rematerialization_partition",
     "most_ratio",
     "number",
@@ -152,9 +177,12 @@ __all__ = [
     "saved_descriptor",
     "select_decomp_table",
     "size_hint",
+    "sizes_for_backward",
     "size_node",
+    "symbols",
     "sympy",
     "trace_artefact",
+    "unify",
 ]
 
 
@@ -252,14 +280,54 @@ def graph_break_of(gm: torch.fx.GraphModule) -> Any:
     """Dynamo's record of the break that ended a graph, with `reason` and `user_stack`; None for one that returns."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return reason if reason is not None and reason.graph_break else None
+_bounds: "weakref.WeakKeyDictionary[ShapeEnv, dict[Any, int]]" = weakref.WeakKeyDictionary()
 
 
 def size_hint(size: Any, fallback: int = 4096) -> int:
-    """The value that a symbolic size had when it was traced, or a guess; never guards."""
+    """The value that a size had when it was traced; never guards.
+
+    What depends on data counts with the largest value that it can have, or, where there is no such, with a guess.
+    """
     if isinstance(size, int):
         return size
-    hint = getattr(size.node, "hint", None)  # SymNode.hint: None for unbacked sizes
-    return int(hint) if isinstance(hint, int) else fallback
+    expr, env = size.node.expr, size.node.shape_env
+    return int(expr.xreplace({symbol: _value(symbol, env, fallback) for symbol in expr.free_symbols}))
+
+
+def _value(symbol: Any, env: ShapeEnv, fallback: int) -> int:
+    traced = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # of older versions
+    if symbol in traced:
+        return traced[symbol]
+    if symbol in (known := _bounds.get(env, {})):
+        return known[symbol]
+    largest = env.var_to_range[symbol].upper if symbol in env.var_to_range else None
+    return int(largest) if largest is not None and largest < sys.maxsize - 1 else fallback
+
+
+def bound(size: Any, largest: int) -> None:
+    """Takes down how large a size is at most, at the sizes of the trace, if its value depends on data."""
+    if is_unbacked(size):
+        known = _bounds.setdefault(size.node.shape_env, {})
+        known[size.node.expr] = min(largest, size_hint(size, largest))
+
+
+def unify(known: Any, size: Any) -> None:
+    """Gives a size that depends on data the symbol of one that is the same."""
+    if is_unbacked(known) and is_unbacked(size) and known.node.expr != size.node.expr:
+        size.node.shape_env._rename_unbacked_to(size.node.expr, known.node.expr)
+
+
+def makes_sizes(node: torch.fx.Node) -> bool:
+    """Whether a node's value has sizes that depend on data and that none of its arguments has, as `nonzero` makes."""
+    sizes = free_unbacked_symbols(node.meta["val"])
+    return bool(sizes - free_unbacked_symbols([n.meta["val"] for n in node.all_input_nodes]))
+
+
+def is_unbacked(size: Any) -> bool:
+    """Whether a size is a symbol whose value depends on data."""
+    if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
+        return False
+    return bool(free_unbacked_symbols(size))
 
 
 def number(value: Any) -> float | None:
@@ -295,6 +363,50 @@ def most_ratio(sizes: Any, others: Any) -> float:
 def known_true(condition: Any) -> bool:
     """Whether a symbolic condition is true for all sizes; never guards."""
     return statically_known_true(condition)
+
+
+def largest(sizes: Sequence[Any]) -> Any:
+    """The largest of several sizes, symbolic where only a run can tell; never guards."""
+    found = sizes[0]
+    for size in sizes[1:]:
+        if not known_true(size <= found):
+            found = size if known_true(found <= size) else torch.sym_max(found, size)
+    return found
+
+
+def formula(size: Any) -> str:
+    """A size that a run decides as text, such as `4*u0 + 8000`; empty for a number."""
+    return "" if isinstance(size, int) or size.node.expr.is_Integer else str(size.node.expr)
+
+
+def evaluate(text: str, values: Mapping[str, int]) -> int | None:
+    """The value of a `formula` with these values of its symbols; None where one is missing."""
+    value = sympy.sympify(text).subs(dict(values))
+    return int(value) if value.is_Integer else None
+
+
+def symbols(sizes: Iterable[Any]) -> dict[str, Any]:
+    """The symbols in sizes, by name in the order of names, each as a size."""
+    found = {
+        str(symbol): size.node.shape_env.create_symintnode(symbol, hint=None)
+        for size in sizes
+        if isinstance(size, torch.SymInt)
+        for symbol in size.node.expr.free_symbols
+    }
+    return dict(sorted(found.items()))
+
+
+def sizes_for_backward(outputs: Sequence[Any]) -> tuple[int, ...]:
+    """The sizes that a compiled forward handed to its backward, in order; none where it saved nothing.
+
+    `symints` of the context of AOTAutograd's `CompiledFunction`, which is the `grad_fn` of what it returns, or of what
+    that is a view of (2.11 to 2.14).
+    """
+    nodes = [t.grad_fn for t in outputs if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+    for node in [*nodes, *(n.next_functions[0][0] for n in nodes if n.next_functions)]:
+        if (sizes := getattr(node, "symints", None)) is not None:
+            return tuple(sizes)
+    return ()
 
 
 def expression(size: Any) -> Any:

@@ -12,7 +12,7 @@ from actcompile.kernels.low_rank import low_rank_nbytes
 from actcompile.kernels.prune import prune_nbytes
 from actcompile.kernels.sample_rows import sample_rows_nbytes
 
-Shape = Sequence[int]
+Shape = Sequence[int]  # or of SymInts, which give a SymInt; nothing is guarded on
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Quantize:
 
     def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
         numel = math.prod(shape)
-        return self.format.nbytes(numel // shape[-1] * self.columns if self.columns and numel else numel)
+        return self.format.nbytes(numel // shape[-1] * self.columns if self.columns else numel)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 
 from . import _torch
-from .split import Split, is_input, is_tensor, is_view, root
+from .split import Split, is_input, is_size, is_tensor, is_view, root
 
 aten = torch.ops.aten
 
@@ -23,6 +23,8 @@ INDEX_ARGUMENT = {  # op -> (position of the index, position of the indexed tens
     aten.scatter_reduce.two: (2, 0, 1),
     aten.index_add.default: (2, 0, 1),
 }
+WHOLE = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.reshape.default, aten.permute.default)
+PARTS = (aten.select.int, aten.slice.Tensor)
 CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clone.default)
 
 
@@ -58,9 +60,14 @@ class SavedActivation:
         return self.node.meta["val"]
 
     @property
+    def sizes(self) -> tuple[Any, ...]:
+        """Its sizes in the order of its memory."""
+        return tuple(self.value.shape[d] for d in memory_order(self.value))
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Its sizes in the order of its memory, those of the trace where they are symbolic."""
-        return tuple(_torch.size_hint(self.value.shape[d]) for d in memory_order(self.value))
+        return tuple(map(_torch.size_hint, self.sizes))
 
     @property
     def numel(self) -> int:
@@ -180,23 +187,21 @@ def dense_order(value: torch.Tensor) -> list[int] | None:
     return order
 
 
-def _bound(placeholder: fx.Node) -> object:
-    """A size that bounds a saved index, from an op in backward that indexes with it (through views)."""
-    value = placeholder.meta["val"]
+def _bound(index: fx.Node) -> object:
+    """A size that bounds what backward reads of an integer tensor, from the ops there that index with it.
+
+    One op bounds the whole tensor if all of it goes there; where only parts of it are read, each has to be bounded.
+    """
+    value = index.meta["val"]
     if value.dtype not in (torch.int64, torch.int32) or value.dim() == 0:
         return None
-    seen, todo = {placeholder}, [placeholder]
-    while todo:
-        index = todo.pop()
-        for user in index.users:
-            bound = _indexed_size(user, index)
-            if bound is not None:
-                return bound
-            views = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.reshape.default)
-            if user.target in views and user not in seen:  # the whole index goes through: its values are all bounded
-                seen.add(user)
-                todo.append(user)
-    return None
+    bounds = []
+    for user in (u for u in index.users if not is_size(u)):
+        whole = _indexed_size(user, index) or (_bound(user) if user.target in WHOLE else None)
+        if whole is not None:
+            return whole
+        bounds.append(_bound(user) if user.target in PARTS else None)
+    return None if None in bounds or not bounds else _torch.largest(bounds)
 
 
 def _indexed_size(user: fx.Node, index: fx.Node) -> object:

@@ -182,7 +182,7 @@ def _is_repeatable(node: fx.Node) -> bool:
         return True
     if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or writes(node):
         return False
-    if torch.Tag.nondeterministic_seeded in target.tags:
+    if torch.Tag.nondeterministic_seeded in target.tags or _torch.makes_sizes(node):
         return False
     return torch.Tag.pointwise in target.tags or target in (*PRODUCTS, *TAKES, *SUMS, *MAKERS)
 

@@ -86,15 +86,28 @@ class Split:
     def save_symbol(self, symbol: Any) -> fx.Node:
         """Saves the value of a size's symbol, which torch leaves out where only sums with it are needed."""
         node, dim = self._dimension(symbol)  # type: ignore[misc]
-        graph = self.forward.graph
-        with graph.inserting_after(max(node, *graph.find_nodes(op="placeholder"))):
-            size = call(graph, torch.ops.aten.sym_size.int, node, dim, like=node)
+        graph, size = self.forward.graph, node
+        if dim is not None:
+            with graph.inserting_after(max(node, *graph.find_nodes(op="placeholder"))):
+                size = call(graph, torch.ops.aten.sym_size.int, node, dim, like=node)
         first = next((p for _, p in self.pairs if is_tensor(p)), None) or self._first_runtime_input()
         with self.backward.graph.inserting_before(first):
-            placeholder = self.backward.graph.placeholder(f"{size.name}_{symbol}")
+            placeholder = self.backward.graph.placeholder(f"size_{symbol}")
         placeholder.meta["val"] = size.meta["val"]
         self.pairs.append((size, placeholder))
         return placeholder
+
+    def symbols(self, activations: Iterable[Any]) -> dict[str, Any]:
+        """The symbols, by name, in the sizes of saved tensors and of the memory that they are views of."""
+        values = [n.meta["val"] for a in activations for n in (a.node, root(a.node)) if is_tensor(n)]
+        return _torch.symbols(size for value in values for size in value.shape)
+
+    def hand_on(self, sizes: Iterable[Any]) -> None:
+        """Saves the values of symbols, each as such, so that a run tells them."""
+        saved = {_torch.expression(n.meta["val"]) for n, _ in self.pairs if is_size(n)}
+        for symbol in map(_torch.expression, sizes):
+            if symbol not in saved and self._dimension(symbol):
+                self.save_symbol(symbol)
 
     def size_in_backward(self, size: Any) -> Any:
         """An int, or a node of the backward graph that has this symbolic size, made at its insertion point."""
@@ -144,10 +157,13 @@ class Split:
         origin[node] = copy
         return copy
 
-    def _dimension(self, symbol: Any) -> tuple[fx.Node, int] | None:
-        """A forward tensor, and its dimension whose size is a symbol."""
+    def _dimension(self, symbol: Any) -> tuple[fx.Node, int | None] | None:
+        """A forward node that is a size of this symbol (with None), or a tensor and its dimension that has it."""
         for node in self.forward.graph.nodes:
-            for dim, size in enumerate(node.meta["val"].shape if is_tensor(node) else ()):
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and _torch.expression(value) == symbol:
+                return node, None
+            for dim, size in enumerate(value.shape if is_tensor(node) else ()):
                 if not isinstance(size, int) and _torch.expression(size) == symbol:
                     return node, dim
         return None
