@@ -176,7 +176,10 @@ def record(
     """
     without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
-    masks = {c.activation.node.name for c in plan.choices} - before.keys()
+    free = {
+        c.activation.node.name for c in plan.choices if c.activation.refusal or c.activation.value.is_floating_point()
+    }
+    masks = {c.activation.node.name for c in plan.choices} - before.keys() - free
     masks -= {n.name for s in without.values() if isinstance(s, Viewed) for n in s.instead}
     rows = [_row(c, before.pop(c.activation.node.name, None), c.activation.node.name in masks) for c in plan.choices]
     rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
