@@ -25,10 +25,24 @@ Handler = Callable[..., Any]
 HANDLED = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
 
+def _answer(name: str, answer: Callable[[Any], Any]) -> Any:
+    """An attribute as models see it. To torch.compile itself, outside of what it traces, the stand-in is as it is."""
+    own = getattr(torch.Tensor, name).__get__
+
+    def get(self: Adjacency) -> Any:
+        if not torch.compiler.is_dynamo_compiling() and _torch.compiling():
+            with torch._C.DisableTorchFunctionSubclass():
+                return own(self)
+        return answer(self)
+
+    return property(get)
+
+
 class Adjacency(torch.Tensor):
     """A sparse matrix as dense tensors.
 
-    The tensor itself is on the meta device, has the matrix's size and no data: what reads it by mistake fails.
+    The tensor itself has the matrix's size and dtype, is on the meta device and has no data: what reads it by mistake
+    fails.
 
     Attributes:
         _layout: torch.sparse_coo, torch.sparse_csr or torch.sparse_csc.
@@ -61,47 +75,19 @@ class Adjacency(torch.Tensor):
                 return result
         return _outside(func, args, kwargs)
 
-    @property
-    def layout(self) -> torch.layout:  # type: ignore[override]
-        if not torch.compiler.is_dynamo_compiling() and _torch.compiling():
-            return torch.strided
-        return self._layout
-
-    @property
-    def is_sparse(self) -> bool:  # type: ignore[override]
-        return self.layout == torch.sparse_coo
-
-    @property
-    def is_sparse_csr(self) -> bool:  # type: ignore[override]
-        return self.layout == torch.sparse_csr
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return self.size()
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self._value.device
-
-    @property
-    def is_cuda(self) -> bool:  # type: ignore[override]
-        return self._value.is_cuda
-
-    @property
-    def is_meta(self) -> bool:  # type: ignore[override]
-        return self._value.is_meta
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self._value.dtype
-
-    @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
-        return self._value.requires_grad
+    layout = _answer("layout", lambda a: a._layout)
+    device = _answer("device", lambda a: a._value.device)
+    shape = _answer("shape", lambda a: a.size())
+    requires_grad = _answer("requires_grad", lambda a: a._value.requires_grad)
+    is_sparse = _answer("is_sparse", lambda a: a._layout == torch.sparse_coo)
+    is_sparse_csr = _answer("is_sparse_csr", lambda a: a._layout == torch.sparse_csr)
+    is_cuda = _answer("is_cuda", lambda a: a._value.is_cuda)
+    is_cpu = _answer("is_cpu", lambda a: a._value.is_cpu)
+    is_meta = _answer("is_meta", lambda a: a._value.is_meta)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adjacency:
         if id(self) not in memo:
-            made = memo[id(self)] = _stand_in(torch.Tensor.size(self))
+            made = memo[id(self)] = _stand_in(torch.Tensor.size(self), self.dtype)
             for name, value in vars(self).items():
                 setattr(made, name, copy.deepcopy(value, memo))
         return memo[id(self)]
@@ -144,7 +130,8 @@ def pointer_to(row: Tensor, number: int) -> Tensor:
 def like(adjacency: Adjacency, layout: torch.layout, pointer: Any, index: Tensor, value: Tensor) -> Adjacency:
     """Makes an adjacency of the same size inside a model."""
     size = (*torch.Tensor.size(adjacency)[:2], *value.shape[1:])
-    made: Any = torch.empty_strided(size, (0,) * len(size), device="meta").as_subclass(Adjacency)
+    empty = torch.empty_strided(size, (0,) * len(size), dtype=value.dtype, device="meta")
+    made: Any = empty.as_subclass(Adjacency)
     made._layout, made._pointer, made._index, made._value = layout, pointer, index, value
     made._others, made._counted = None, False
     return made
@@ -197,12 +184,16 @@ def _product(adjacency: Any, matrix: Any, reduce: str = "sum") -> Any:
     value = adjacency._value
     if value.dim() != 1 or matrix.dim() != 2 or matrix.dtype != value.dtype:
         return NotImplemented
-    if not value.is_floating_point():
+    number, width = torch.Tensor.size(adjacency)
+    if not value.is_floating_point() or matrix.shape[0] != width:
         return NotImplemented
     if adjacency._layout == torch.sparse_csc:
-        if reduce != "sum":
+        if reduce not in ("sum", "mean"):
             return NotImplemented
-        return spmm_transposed(adjacency._pointer, adjacency._index, value, matrix, torch.Tensor.size(adjacency, 0))
+        product = spmm_transposed(adjacency._pointer, adjacency._index, value, matrix, number)
+        ones = torch.ones_like(value)
+        degree = torch.zeros(number, dtype=value.dtype, device=value.device).index_add(0, adjacency._index, ones)
+        return product if reduce == "sum" else product / degree.clamp(min=1)[:, None]
     pointer, index = _by_row(adjacency), columns(adjacency)
     if reduce == "sum":
         return spmm(pointer, index, value, matrix)
@@ -218,6 +209,11 @@ def _matmul(adjacency: Any, matrix: Any) -> Any:
         product = _product(adjacency, matrix[:, None])
         return product if product is NotImplemented else product[:, 0]
     return _product(adjacency, matrix)
+
+
+def _sum_of(matrix: Any, adjacency: Any, other: Any, beta: Any = 1.0, alpha: Any = 1.0) -> Any:
+    product = _product(adjacency, other) if beta == 1 and alpha == 1 else NotImplemented
+    return product if product is NotImplemented else matrix + product
 
 
 _COO = _only(torch.sparse_coo)
@@ -246,6 +242,8 @@ HANDLERS: dict[Any, Handler] = {
     torch.Tensor.detach: _ANY(lambda a: with_values(a, a._value.detach())),
     torch.sparse.mm: _product,
     torch.spmm: _product,
+    torch.sparse.addmm: _sum_of,
+    torch.addmm: _sum_of,
     torch.mm: _product,
     torch.Tensor.mm: _product,
     torch.matmul: _matmul,
@@ -254,7 +252,13 @@ HANDLERS: dict[Any, Handler] = {
     torch.mv: _matmul,
     torch.Tensor.mv: _matmul,
 }
-_torch.dispatch_in_traces(torch.sparse.mm)
+_torch.dispatch_in_traces(
+    torch.sparse.mm,
+    torch.sparse.addmm,
+    torch.sparse.sampled_addmm,
+    torch.sparse.softmax,
+    torch.sparse.log_softmax,
+)
 
 
 # ---- to and from torch.sparse
@@ -269,7 +273,9 @@ def refusal(matrix: Tensor) -> str | None:
     """Why a torch.sparse tensor has no stand-in, or None where it has."""
     if matrix.layout not in HANDLED:
         return f"its layout is {matrix.layout}; give it one of COO, CSR and CSC"
-    if matrix.sparse_dim() != 2 or (matrix.layout != torch.sparse_coo and matrix.values().dim() != 1 + matrix.dense_dim()):
+    if matrix.sparse_dim() != 2 or (
+        matrix.layout != torch.sparse_coo and matrix.values().dim() != 1 + matrix.dense_dim()
+    ):
         return f"it has the shape {tuple(matrix.shape)} and is no sparse matrix"
     if matrix.layout == torch.sparse_coo and not matrix.is_coalesced():
         return "it is not coalesced; pass adjacency.coalesce()"
@@ -280,7 +286,7 @@ def from_sparse(matrix: Tensor, others: Tensor | None = None, counted: bool = Fa
     """The stand-in of a torch.sparse matrix; shares its memory, and hands gradients on to it."""
     # Not as views: Dynamo would trace their base, too, which is the matrix itself.
     value = matrix.values().clone() if matrix.requires_grad and torch.is_grad_enabled() else matrix.values().detach()
-    made: Any = _stand_in(matrix.shape)
+    made: Any = _stand_in(matrix.shape, matrix.dtype)
     made._layout, made._value, made._others, made._counted = matrix.layout, value, others, counted
     if matrix.layout == torch.sparse_coo:
         made._pointer, made._index = None, matrix.indices().detach()
@@ -291,8 +297,9 @@ def from_sparse(matrix: Tensor, others: Tensor | None = None, counted: bool = Fa
     return made
 
 
-def _stand_in(size: torch.Size) -> Any:
-    return torch.Tensor._make_subclass(Adjacency, torch.empty_strided(size, (0,) * len(size), device="meta"))
+def _stand_in(size: torch.Size, dtype: torch.dtype) -> Any:
+    empty = torch.empty_strided(size, (0,) * len(size), dtype=dtype, device="meta")
+    return torch.Tensor._make_subclass(Adjacency, empty)
 
 
 def to_sparse(adjacency: Adjacency) -> Tensor:
@@ -322,9 +329,7 @@ def _say_once(func: Any) -> None:
     )
 
 
-INSTEAD = (
-    "Pass edge_index, edge_weight = actcompile.edges_of(adjacency) to the layer instead, if it treats both alike"
-)
+INSTEAD = "Pass edge_index, edge_weight = actcompile.edges_of(adjacency) to the layer instead, if it treats both alike"
 _said: set[str] = set()
 
 

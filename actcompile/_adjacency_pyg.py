@@ -89,7 +89,9 @@ def _select(adj: Adjacency, entries: Tensor) -> Adjacency:
     return made
 
 
-def _add_self_loops(edge_index: Adjacency, edge_attr: None = None, fill_value: Any = None, num_nodes: Any = None) -> Any:
+def _add_self_loops(
+    edge_index: Adjacency, edge_attr: None = None, fill_value: Any = None, num_nodes: Any = None
+) -> Any:
     """Adds 1, or `fill_value`, to the diagonal. Entries stay in the order of rows; a row's self-loop is its last."""
     adj = edge_index
     if not adj._counted or adj._layout == torch.sparse_csc:
