@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actcompile.kernels import rows_of
+from actcompile.kernels import pointer_to, rows_of
 
-from ._adjacency import Adjacency, Pointer, columns, like, pointer_to, rows, with_values
-
+from ._adjacency import Adjacency, Pointer, columns, like, rows, with_values
 
 _taught: list[Any] = []
 
