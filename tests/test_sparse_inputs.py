@@ -121,12 +121,15 @@ def dense(value):
     return value if value.layout == torch.strided else value.to_dense()
 
 
-@pytest.mark.parametrize("loops", [False, True], ids=["", "self-loops"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "layout", "loops"),
+    [
+        *((layer, "csr", False) for layer in LAYERS),
+        *((layer, "coo", False) for layer in ("SAGE", "GCN, no self-loops", "Transformer")),
+        *((layer, layout, True) for layer in ("GCN", "GAT, filled") for layout in LAYOUTS),
+    ],
+)
 def test_trains_as_in_eager_in_one_graph(layer, layout, loops):
-    if loops and layer not in ("GCN", "GAT", "GAT, filled", "EGConv", "SAGE"):
-        pytest.skip("the layer adds no self-loops: those that are there are as all other entries")
     model, x, adj = Two(LAYERS[layer]), features(), adjacency(LAYOUTS[layout], loops=loops)
     expected = step(model, [x, adj], model.parameters())
     compress(model, **EXACT)
@@ -134,7 +137,7 @@ def test_trains_as_in_eager_in_one_graph(layer, layout, loops):
     assert len(explain(model).graphs) == 1
 
 
-@pytest.mark.parametrize("layer", ["SAGE", "SAGE, sum", "SAGE, max", "GCN", "GAT", "GIN", "GraphConv"])
+@pytest.mark.parametrize("layer", ["SAGE", "SAGE, max", "GCN", "GAT"])
 def test_gradients_reach_the_adjacency_s_values(layer):
     kept = []
 
@@ -156,7 +159,7 @@ def test_gradients_reach_the_adjacency_s_values(layer):
     assert len(explain(model).graphs) == 1
 
 
-@pytest.mark.parametrize("layer", ["SAGE", "GCN", "GraphConv"])
+@pytest.mark.parametrize("layer", ["SAGE", "GCN"])
 def test_rounded_gradients_are_within_noise(layer):
     x, adj = features(512, torch.float32), adjacency(rows=512, entries=3000, dtype=torch.float32)
     model = Two(LAYERS[layer], torch.float32)
@@ -208,9 +211,9 @@ def test_inside_of_data():
     assert data.adj_t.layout == torch.sparse_csr
 
 
-@pytest.mark.parametrize("layer", ["SAGE", "SAGE, max", "GCN", "GAT"])
+@pytest.mark.parametrize("layer", ["SAGE", "GCN", "GAT"])
 def test_changing_batches_compile_twice(layer, compilations):
-    model = Two(LAYERS[layer])
+    model = LAYERS[layer](8, 4).double()
     reference = copy.deepcopy(model)
     compress(model, **EXACT)
     for batch in range(5):
@@ -222,10 +225,14 @@ def test_changing_batches_compile_twice(layer, compilations):
 
 
 def test_a_changed_adjacency_is_seen():
-    model, x, adj = Two(GCNConv), features(), adjacency(loops=False)
+    model, x, adj = GCNConv(8, 4).double(), features(), adjacency(loops=False)
     reference = copy.deepcopy(model)
     compress(model, **EXACT)
-    for change in (lambda: None, lambda: adj.values().mul_(3), lambda: adj.col_indices()[:2].copy_(torch.tensor([0, 1]))):
+    for change in (
+        lambda: None,
+        lambda: adj.values().mul_(3),
+        lambda: adj.col_indices()[:2].copy_(torch.tensor([0, 1])),
+    ):
         change()
         expected = step(reference, [x, adj], reference.parameters())
         assert_close(step(model, [x, adj], model.parameters()), expected, within=1e-10)
@@ -234,7 +241,7 @@ def test_a_changed_adjacency_is_seen():
 def test_what_was_counted_dies_with_the_adjacency():
     from actcompile._sparse_inputs import _counted
 
-    model, adj = compress(Two(GCNConv), **EXACT), adjacency()
+    model, adj = compress(GCNConv(8, 4).double(), **EXACT), adjacency()
     model(features(), adj)
     before = len(_counted)
     del adj
@@ -242,7 +249,7 @@ def test_what_was_counted_dies_with_the_adjacency():
 
 
 def test_a_cached_adjacency_stays():
-    model, x, adj = Two(lambda i, o: GCNConv(i, o, cached=True)), features(), adjacency()
+    model, x, adj = GCNConv(8, 4, cached=True).double(), features(), adjacency()
     reference = copy.deepcopy(model)
     compress(model, **EXACT)
     for _ in range(3):
@@ -261,11 +268,11 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS.values(), torch.sparse_csc], ids=[*LAYOUTS, "csc"])
-@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(
+    ("product", "layout"),
+    [*((p, torch.sparse_csr) for p in PRODUCTS), ("@", torch.sparse_coo), ("@", torch.sparse_csc)],
+)
 def test_products_by_hand(product, layout):
-    if product == "addmm" and layout == torch.sparse_csc:
-        pytest.skip("torch has none")
     model, x, adj = Multiply(PRODUCTS[product]), features(), adjacency(layout)
     expected = step(model, [x, adj], model.parameters())
     compress(model, **EXACT)
@@ -280,10 +287,9 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("product", OUTSIDE)
-def test_what_is_not_traced_is_as_in_eager(product, layout):
-    model, x, adj = Multiply(OUTSIDE[product]), features(), adjacency(LAYOUTS[layout])
+def test_what_is_not_traced_is_as_in_eager(product):
+    model, x, adj = Multiply(OUTSIDE[product]), features(), adjacency()
     expected = step(model, [x, adj], model.parameters())
     compress(model, **EXACT)
     with warnings.catch_warnings():
@@ -349,12 +355,11 @@ def test_a_layer_with_an_adjacency_of_its_own_makes_several_graphs_and_is_right(
 def test_aggregates_are_not_saved_where_the_gradient_can_be_aggregated():
     model = Two(SAGEConv, torch.float32)
     report = explain(model, features(dtype=torch.float32), adjacency(dtype=torch.float32), options=SAVED)
-    assert "backward aggregates the gradient instead" in str(report)
+    assert any("aggregates the gradient instead" in a.reason for g in report.graphs for a in g.rows)
 
 
-@pytest.mark.parametrize("layer", ["GCN", "GAT"])
-def test_explain_does_not_run_the_model(layer):
-    model = Two(LAYERS[layer], torch.float32)
+def test_explain_does_not_run_the_model():
+    model = Two(GCNConv, torch.float32)
     x, adj = features(dtype=torch.float32), adjacency(dtype=torch.float32)
     report = explain(model, x, adj, options=FAST)
     assert len(report.graphs) == 1
