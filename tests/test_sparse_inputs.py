@@ -108,7 +108,7 @@ def features(rows=ROWS, dtype=torch.float64):
 
 
 def assert_close(ours, reference, within):
-    """Equal up to `within` of all of them together: a gradient that is zero but for rounding has no scale of its own."""
+    """Equal up to `within` of all of them together: a gradient that is zero but for rounding has no scale."""
     scale = torch.cat([t.flatten() for t in reference if t is not None]).abs().max()
     for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
         assert (a is None) == (b is None), f"number {i}: {a} and {b}"
