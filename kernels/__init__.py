@@ -10,7 +10,7 @@ from .prune import prune, prune_nbytes, restore_pruned
 from .quantize import dequantize, quantize
 from .random_bits import draw_seed
 from .sample_rows import restore_rows, sample_rows, sample_rows_nbytes
-from .spmm import rows_of, spmm, spmm_extremum, spmm_transposed
+from .spmm import pointer_to, rows_of, spmm, spmm_extremum, spmm_transposed
 
 __all__ = [
     "BlockFormat",
@@ -24,6 +24,7 @@ __all__ = [
     "low_rank_nbytes",
     "narrow",
     "pack_bits",
+    "pointer_to",
     "projection_nbytes",
     "prune",
     "prune_nbytes",

@@ -104,10 +104,16 @@ from torch.utils._sympy.numbers import IntInfinity
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import bound_sympy
 
+# Tensor subclasses: made without a copy, used without asking their `__torch_function__`, and those without one.
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+disabled_torch_function = torch._C._disabled_torch_function_impl
+make_subclass = torch.Tensor._make_subclass
+
 __all__ = [
     "ConvertFrameAssert",
     "CustomPartitionerFn",
     "DataDependentOutputException",
+    "DisableTorchFunctionSubclass",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
@@ -138,6 +144,7 @@ __all__ = [
     "decompose",
     "dispatch_in_traces",
     "detect_fake_mode",
+    "disabled_torch_function",
     "dynamo_config",
     "eval_frame",
     "evaluate",
@@ -167,6 +174,7 @@ __all__ = [
     "lowerings",
     "make_boxed_func",
     "makes_sizes",
+    "make_subclass",
     "min_cut_rematerialization_partition",
     "most_ratio",
     "number",
@@ -238,7 +246,7 @@ def compiling() -> bool:
 
 
 def dispatch_in_traces(*functions: Any) -> None:
-    """Has Dynamo ask `__torch_function__` about these functions as Python does; of torch.sparse it knows none (2.13)."""
+    """Has Dynamo ask `__torch_function__` about these functions, as Python does."""
     get_overridable_functions().update(functions)
 
 
