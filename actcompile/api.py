@@ -11,7 +11,7 @@ from actcompile.passes import _torch
 from actcompile.passes.plan import matches
 
 from . import _trace
-from ._call import noted
+from ._call import breaks, compiled_module, noted
 from .backend import analyse, compile_graph
 from .config import Config
 from .report import GraphReport, Report
@@ -20,6 +20,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 _configs: "weakref.WeakKeyDictionary[nn.Module, Config]" = weakref.WeakKeyDictionary()
 _compressed: "weakref.WeakKeyDictionary[nn.Module, list[GraphReport]]" = weakref.WeakKeyDictionary()
+_breaks: "weakref.WeakKeyDictionary[nn.Module, list[str]]" = weakref.WeakKeyDictionary()
 _compiled = WeakTensorKeyDictionary()  # parameter or buffer -> the reports of the graphs that take it
 
 
@@ -61,6 +62,7 @@ def compress(
     options = {"backend": _backend_with(made, reports), "dynamic": dynamic, **_trace.isolated()}
     _torch.compile_in_place(model, **options)
     _configs[model], _compressed[model] = made, reports
+    _breaks.pop(model, None)
     return model
 
 
@@ -87,6 +89,8 @@ def _backend_with(config: Config, reports: list[GraphReport]) -> Callable[..., A
 
 
 def _compile(gm: fx.GraphModule, inputs: list[Any], config: Config, all_reports: list[GraphReport]) -> Any:
+    if (module := compiled_module()) is not None:
+        _breaks.setdefault(module, []).extend(breaks(gm))
     compiled, reports = compile_graph(gm, inputs, config)
     all_reports += reports
     for tensor in [*inputs, *gm.parameters(), *gm.buffers()]:
@@ -127,8 +131,7 @@ def explain(
 
     def trace(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         graphs.extend(found := analyse(gm, example_inputs, made))
-        kept = [(report.kept_inputs, report.kept_outputs) for report in found]
-        return noted(gm.forward, *(kept[0] if kept else ((), ())))
+        return noted(gm.forward, *(found[0].handed() if found else ({}, {})))
 
     result = _trace.trace(module, inputs, keywords, trace, dynamic=dynamic)
     notes = [f"graph break: {reason}" for reason in result.breaks]
@@ -143,9 +146,10 @@ def explain(
 def _explain_compiled(module: Any) -> Report:
     if not isinstance(module, nn.Module):
         raise ValueError("explain(function) needs the function's inputs: explain(function, *inputs)")
+    notes = tuple(f"graph break: {reason}" for reason in dict.fromkeys(_breaks.get(module, ())))
     if module in _compressed:
-        return Report(tuple(_compressed[module]))
+        return Report(tuple(_compressed[module]), notes)
     graphs: list[GraphReport] = []
     for tensor in [*module.parameters(), *module.buffers()]:
         graphs += [g for g in _compiled.get(tensor, []) if not any(g is known for known in graphs)]
-    return Report(tuple(graphs))
+    return Report(tuple(graphs), notes)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from actcompile.passes.find import SavedActivation
 from actcompile.passes.plan import Choice, Plan, is_constant
 from actcompile.passes.rebuild import Rebuilt
 from actcompile.passes.replay import Replayed
-from actcompile.passes.split import Split
+from actcompile.passes.split import Split, root
+
+from ._call import Handed, Situation
 
 Spared = Commuted | Rebuilt | Replayed
 """An activation that backward does without, and why."""
@@ -64,8 +66,8 @@ class GraphReport:
     """One compiled graph: its saved activations, and both rewritten graphs as code and as nodes.
 
     training: whether the module was in training mode; in eval mode nothing is rounded, unless the config asks for it.
-    kept_inputs, kept_outputs: positions of what came from before a graph break, or goes on behind one, and is saved as it
-        is: graphs that are given it later in the call pay nothing for it.
+    taken, given: of inputs from before a graph break, and of outputs that go on behind one, those that torch saves, by
+        position, and whether they are saved as they are now: graphs that get them later in the call pay nothing then.
     """
 
     rows: tuple[Row, ...]
@@ -75,8 +77,12 @@ class GraphReport:
     backward_nodes: tuple[GraphNode, ...]
     inner: str
     training: bool = True
-    kept_inputs: tuple[int, ...] = ()
-    kept_outputs: tuple[int, ...] = ()
+    taken: tuple[tuple[int, bool], ...] = ()
+    given: tuple[tuple[int, bool], ...] = ()
+
+    def handed(self) -> tuple[dict[int, Handed], dict[int, Handed]]:
+        """What became of `taken` and of `given`."""
+        return {i: Handed(True, kept) for i, kept in self.taken}, {i: Handed(True, kept) for i, kept in self.given}
 
     @property
     def bytes_before(self) -> int:
@@ -94,8 +100,8 @@ class GraphReport:
             key: tuple(GraphNode(**{**n, "inputs": tuple(n["inputs"])}) for n in data[key])
             for key in ("forward_nodes", "backward_nodes")
         }
-        kept = {key: tuple(data[key]) for key in ("kept_inputs", "kept_outputs")}
-        return GraphReport(**{**data, "rows": rows, **nodes, **kept})
+        handed = {key: tuple((position, kept) for position, kept in data[key]) for key in ("taken", "given")}
+        return GraphReport(**{**data, "rows": rows, **nodes, **handed})
 
 
 @dataclass(frozen=True)
@@ -175,14 +181,19 @@ def record(
     saved_before: Iterable[SavedActivation],
     spared: Iterable[Spared],
     inner: str,
-    training: bool = True,
+    situation: Situation,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
 
     Args:
         saved_before: what torch's own partition saved, before any pass of ours.
         spared: what is not saved any more, since backward does without it.
+        situation: which part of a call the graph is.
     """
+    counted = {split.crossing.get(position) for position in situation.counted}
+    saved_before = [replace(a, nbytes=0) if root(a.node) in counted else a for a in saved_before]
+    was = {root(a.node) for a in saved_before}
+    saved = {root(n) for n, _ in split.pairs}
     without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
     rows = [_row(c, before.pop(c.activation.node.name, None)) for c in plan.choices]
@@ -194,9 +205,9 @@ def record(
         forward_nodes=_nodes(split.forward.graph, _ours),
         backward_nodes=_nodes(split.backward.graph, _ours),
         inner=inner,
-        training=training,
-        kept_inputs=split.kept_inputs(),
-        kept_outputs=split.kept_outputs(),
+        training=situation.training,
+        taken=tuple((position, n in saved) for position, n in split.crossing.items() if n in was),
+        given=tuple((position, n in saved) for position, n in split.given.items() if n in was),
     )
 
 
@@ -210,8 +221,14 @@ def _row(choice: Choice, before: SavedActivation | None) -> Row:
         codec=str(choice.codec),
         biased=rounded.biased or not isinstance(choice.codec, UNBIASED) if rounded else None,
         through=(rounded.op or ("" if isinstance(choice.codec, UNBIASED) else "the codec")) if rounded else "",
-        reason=choice.reason if before else f"{choice.reason}; taken in forward, so that no rounded value decides it",
+        reason=_reason(choice, before),
     )
+
+
+def _reason(choice: Choice, before: SavedActivation | None) -> str:
+    if before is None:
+        return f"{choice.reason}; taken in forward, so that no rounded value decides it"
+    return choice.reason + "; an earlier graph saves it, too" * (choice.nbytes > 0 and before.nbytes == 0)
 
 
 def _dropped(a: SavedActivation, spared: Spared | None) -> Row:

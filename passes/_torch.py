@@ -28,8 +28,8 @@ from torch._dynamo.guards import install_guard
 from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
 from torch._dynamo.utils import graph_break_reasons
 
-# Descriptors of the inputs and outputs of AOTAutograd's graphs: which of Dynamo's they are, and which output is saved for
-# backward; `output.meta["desc"]` must list one per output (2.11+).
+# Descriptors of the inputs and outputs of AOTAutograd's graphs: which of Dynamo's they are, and which output is saved
+# for backward; `output.meta["desc"]` must list one per output (2.11+).
 from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput,
     PlainAOTInput,
@@ -196,7 +196,7 @@ def is_input_mutation(descriptor: Any) -> bool:
 
 
 def known_before_the_call(placeholder: torch.fx.Node) -> bool:
-    """Whether an input of Dynamo's graph is a global, or belongs to a module; `_dynamo_source` tells where it was found."""
+    """Whether an input of Dynamo's graph is a global, or belongs to a module."""
     source = getattr(placeholder, "_dynamo_source", None)
     return source is None or is_from_global_source(source) or is_from_unspecialized_nn_module_source(source)
 
