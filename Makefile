@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench
+.PHONY: help setup demo test test-all lint format bench explore
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ test: lint ## lint, then the tests that need neither long compiles nor a GPU (AR
 
 test-all: lint ## lint, then all tests, also those that compile with Inductor; those for a GPU skip without one
 	$(BIN)/python -m pytest $(ARGS)
+
+explore: $(STAMP) ## draw models and graphs, and look for one that is compressed wrongly (ARGS="--cases 10000 --seed 0")
+	$(BIN)/python -m tests.explore $(ARGS)
 
 bench: $(STAMP) ## all benchmarks, written to bench/results (ARGS="sage-arxiv" for one, ARGS="list" for the list)
 	$(BIN)/python -m bench $(or $(ARGS),all)

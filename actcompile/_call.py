@@ -120,6 +120,8 @@ def _wrapper() -> FrameType | None:
 def _module(wrapper: FrameType) -> nn.Module | None:
     """The module whose call was compiled: by `torch.compile(module)`, by `module.compile()`, or its method alone."""
     caller = wrapper.f_back
+    while caller is not None and caller.f_code.co_filename.startswith(OURS):
+        caller = caller.f_back
     owner = caller.f_locals.get("self") if caller is not None else None
     if isinstance(owner, OptimizedModule):
         return owner._orig_mod

@@ -41,6 +41,8 @@ from actcompile.passes._torch import (
     pytree,
 )
 
+from ._capture import capture_sizes
+
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
 
 _NO_VALUE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
@@ -98,6 +100,7 @@ def trace(
     copied, args, kwargs = _without_data((model, tuple(args), dict(kwargs or {})), mode)
     graphs = 0
 
+    @capture_sizes
     def traced(gm: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
         nonlocal graphs
         compiled = backend(gm, example_inputs, **options)

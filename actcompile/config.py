@@ -24,6 +24,9 @@ class Rule:
     name: str
     value: Any = None
 
+    def __str__(self) -> str:
+        return f"actcompile.{self.name}({'' if self.value is None else repr(self.value)})"
+
 
 def keep() -> Rule:
     """Keeps everything that a module saves as it is."""
@@ -80,7 +83,7 @@ class Config:
     Args:
         bits: bits per element of floats whose rounding leaves every gradient unbiased: 1, 2, 4, 8, or None (exact).
         nonlinear_bits: the same for floats whose rounding biases some gradient; "auto" gives `bits` where the bias is
-            averaged over 1024 elements or more (BatchNorm's input), 4 where over 64 or more, else 8.
+            the rounding's variance over 1024 elements or more (BatchNorm's input), 4 where over 8 or more, else 8.
         block: elements that share a minimum and a maximum; fitted to each tensor's width.
         rows_per_block: instead of `block`: rows that share them (i-EXACT's G/R), as many as fit 1024 elements.
         projection: floats used linearly are first projected at random to one in `projection` columns (EXACT's D/R).

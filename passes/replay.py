@@ -26,8 +26,22 @@ aten = torch.ops.aten
 
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 TAKES = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default)
-SUMS = {aten.scatter_add.default: 3, aten.index_put.default: 2, aten.index_add.default: 3}  # -> where what they sum is
-MAKERS = (aten.full.default, aten.cat.default, aten.arange.start_step, torch.ops.prims.iota.default)
+SUMS = {  # -> where what they sum is
+    aten.scatter_add.default: 3,
+    aten.index_put.default: 2,
+    aten.index_add.default: 3,
+    torch.ops.actcompile.spmm.default: 3,
+    torch.ops.actcompile.spmm_transposed.default: 3,
+}
+MAKERS = (
+    aten.full.default,
+    aten.cat.default,
+    aten.arange.start_step,
+    torch.ops.prims.iota.default,
+    aten.scalar_tensor.default,
+    aten.searchsorted.Tensor,
+    aten.scatter.src,
+)
 INTENSITY = 16  # floating-point operations that take as long as moving one byte
 
 
@@ -144,7 +158,7 @@ def _depths(split: Split, exact: Collection[fx.Node]) -> dict[fx.Node, _Depth]:
         if node in exact or (is_input(node) and not any(map(writes, node.users))):
             found[node] = _Depth()
             continue
-        if not _is_repeatable(node) or not all(split.knows(size) for size in node.meta["val"].shape):
+        if not _is_repeatable(node) or not all(split.knows(size) for v in _values(node) for size in v.shape):
             continue
         depth = _Depth()
         for operand in node.all_input_nodes:
@@ -162,13 +176,21 @@ def _depths(split: Split, exact: Collection[fx.Node]) -> dict[fx.Node, _Depth]:
 
 
 def _is_repeatable(node: fx.Node) -> bool:
-    """Whether a node makes a tensor, and the same one each time."""
+    """Whether a node makes a tensor, or views, and the same each time."""
     target = node.target
+    if is_view(node):
+        return True
     if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or writes(node):
         return False
-    if torch.Tag.nondeterministic_seeded in target.tags:
+    if torch.Tag.nondeterministic_seeded in target.tags or _torch.makes_sizes(node):
         return False
-    return is_view(node) or torch.Tag.pointwise in target.tags or target in (*PRODUCTS, *TAKES, *SUMS, *MAKERS)
+    return torch.Tag.pointwise in target.tags or target in (*PRODUCTS, *TAKES, *SUMS, *MAKERS)
+
+
+def _values(node: fx.Node) -> list[torch.Tensor]:
+    """What a node makes: a tensor, or the views of `split` or `unbind`."""
+    value = node.meta["val"]
+    return [value] if isinstance(value, torch.Tensor) else list(value)
 
 
 def _is_column(node: fx.Node) -> bool:
