@@ -11,7 +11,7 @@ from actcompile.passes import _torch
 from actcompile.passes.plan import matches
 
 from . import _trace
-from ._call import noted
+from ._call import breaks, compiled_module, noted
 from ._capture import capture_sizes
 from ._last_run import LastRun
 from ._sparse_inputs import accept_sparse, with_stand_ins
@@ -23,6 +23,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 _configs: "weakref.WeakKeyDictionary[nn.Module, Config]" = weakref.WeakKeyDictionary()
 _compressed: "weakref.WeakKeyDictionary[nn.Module, list[LastRun]]" = weakref.WeakKeyDictionary()
+_breaks: "weakref.WeakKeyDictionary[nn.Module, list[str]]" = weakref.WeakKeyDictionary()
 _compiled = WeakTensorKeyDictionary()  # parameter or buffer -> the graphs that take it
 
 
@@ -65,6 +66,7 @@ def compress(
     _torch.compile_in_place(model, **options)
     model._compiled_call_impl = accept_sparse(model, model._compiled_call_impl)  # type: ignore[assignment, arg-type]
     _configs[model], _compressed[model] = made, graphs
+    _breaks.pop(model, None)
     return model
 
 
@@ -93,6 +95,8 @@ def _backend_with(config: Config, graphs: list[LastRun]) -> Callable[..., Any]:
 
 
 def _compile(gm: fx.GraphModule, inputs: list[Any], config: Config, graphs: list[LastRun]) -> Any:
+    if (module := compiled_module()) is not None:
+        _breaks.setdefault(module, []).extend(breaks(gm))
     compiled, reports = compile_graph(gm, inputs, config)
     made = [LastRun(report) for report in reports]
     for graph in made:
@@ -137,8 +141,7 @@ def explain(
 
     def trace(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         graphs.extend(found := analyse(gm, example_inputs, made))
-        kept = [(report.kept_inputs, report.kept_outputs) for report in found]
-        return noted(gm.forward, *(kept[0] if kept else ((), ())))
+        return noted(gm.forward, *(found[0].handed() if found else ({}, {})))
 
     result = _trace.trace(module, inputs, keywords, trace, dynamic=dynamic)
     notes = [f"graph break: {reason}" for reason in result.breaks]
@@ -153,9 +156,10 @@ def explain(
 def _explain_compiled(module: Any) -> Report:
     if not isinstance(module, nn.Module):
         raise ValueError("explain(function) needs the function's inputs: explain(function, *inputs)")
+    notes = tuple(f"graph break: {reason}" for reason in dict.fromkeys(_breaks.get(module, ())))
     if module in _compressed:
-        return Report(tuple(graph.report for graph in _compressed[module]))
+        return Report(tuple(graph.report for graph in _compressed[module]), notes)
     graphs: list[LastRun] = []
     for tensor in [*module.parameters(), *module.buffers()]:
         graphs += [g for g in _compiled.get(tensor, []) if not any(g is known for known in graphs)]
-    return Report(tuple(graph.report for graph in graphs))
+    return Report(tuple(graph.report for graph in graphs), notes)

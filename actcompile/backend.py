@@ -69,7 +69,7 @@ def partition(
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, spared, reached, config.inner, situation.training)
+    report = record(split, chosen, saved_by_torch, spared, reached, config.inner, situation)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
@@ -212,8 +212,8 @@ def compile_graph(
 
 def _noted(compiled: Callable[..., Any], reports: list[GraphReport]) -> Callable[..., Any]:
     """`compiled`, with word of what it saves left to graphs that are compiled later in the same call."""
-    kept = [report for report in reports if report.kept_inputs or report.kept_outputs]
-    return noted(compiled, kept[0].kept_inputs, kept[0].kept_outputs) if kept else compiled
+    found = next((report for report in reports if report.taken or report.given), None)
+    return noted(compiled, *found.handed()) if found is not None else compiled
 
 
 def check_compilers(inputs: Sequence[Any]) -> None:

@@ -40,8 +40,8 @@ from torch._dynamo.utils import graph_break_reasons
 # Dynamo's list of functions that it asks `__torch_function__` about; it leaves out those of torch.sparse.
 from torch._dynamo.variables.torch import get_overridable_functions
 
-# Descriptors of the inputs and outputs of AOTAutograd's graphs: which of Dynamo's they are, and which output is saved for
-# backward; `output.meta["desc"]` must list one per output (2.11+).
+# Descriptors of the inputs and outputs of AOTAutograd's graphs: which of Dynamo's they are, and which output is saved
+# for backward; `output.meta["desc"]` must list one per output (2.11+).
 from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput,
     PlainAOTInput,
@@ -279,7 +279,7 @@ def is_input_mutation(descriptor: Any) -> bool:
 
 
 def known_before_the_call(placeholder: torch.fx.Node) -> bool:
-    """Whether an input of Dynamo's graph is a global, or belongs to a module; `_dynamo_source` tells where it was found."""
+    """Whether an input of Dynamo's graph is a global, or belongs to a module."""
     source = getattr(placeholder, "_dynamo_source", None)
     return source is None or is_from_global_source(source) or is_from_unspecialized_nn_module_source(source)
 
@@ -288,6 +288,8 @@ def graph_break_of(gm: torch.fx.GraphModule) -> Any:
     """Dynamo's record of the break that ended a graph, with `reason` and `user_stack`; None for one that returns."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return reason if reason is not None and reason.graph_break else None
+
+
 _bounds: "weakref.WeakKeyDictionary[ShapeEnv, dict[Any, int]]" = weakref.WeakKeyDictionary()
 
 
