@@ -139,9 +139,10 @@ def explain(
 def _explain_compiled(module: Any) -> Report:
     if not isinstance(module, nn.Module):
         raise ValueError("explain(function) needs the function's inputs: explain(function, *inputs)")
-    if module in _compressed:
-        return Report(tuple(_compressed[module]))
-    graphs: list[GraphReport] = []
+    compressed = [_compressed[part] for part in module.modules() if part in _compressed]  # an encoder, or inside DDP
+    graphs = [graph for reports in compressed for graph in reports]
+    if compressed:
+        return Report(tuple(graphs))
     for tensor in [*module.parameters(), *module.buffers()]:
         graphs += [g for g in _compiled.get(tensor, []) if not any(g is known for known in graphs)]
     return Report(tuple(graphs))

@@ -141,7 +141,8 @@ def compile_in_place(model: torch.nn.Module, **options: Any) -> None:
     Those are called from a function of ours. Each gets a code object of its own, since Dynamo counts recompiles, and
     keeps what it compiled, by code object. `_compiled_call_impl` is what `nn.Module.compile` sets (2.0 to 2.13).
     """
-    if type(model).forward.__module__.partition(".")[0] != "torch":
+    # A graph module's forward, such as that of to_hetero, is generated and belongs to no module.
+    if (type(model).forward.__module__ or "").partition(".")[0] != "torch":
         model.compile(**options)
         return
     call = model._call_impl
