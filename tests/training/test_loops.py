@@ -1,7 +1,7 @@
 """Training loops as people write them, with a compressed model in the place of the plain one.
 
-Lossless, every parameter after training is that of the same loop around the same graph without us, to the bit; rounded to
-8 bits, it is close.
+Lossless, what training gives is that of the same loop around the same graph without us, to the bit; rounded to 8 bits,
+it is close.
 """
 
 import copy
@@ -31,7 +31,7 @@ def _fresh_dynamo():
 
 
 def compare(model, train, within=0.05):
-    """`train(model, call)` trains the model through `call` and returns tensors; the last argument is how close to be."""
+    """`train(model, call)` trains the model through `call` and returns tensors; rounded ones are to be close `within`."""
     runs = {}
     for kind in ("plain", "lossless", "rounded"):
         torch._dynamo.reset()
@@ -142,10 +142,7 @@ def test_checkpointing(where):
 
     def train(model, call):
         for _ in range(2):
-            if where == "inside":
-                out = call(x, edges)
-            else:
-                out = checkpoint(call, x, edges, use_reentrant=False)
+            out = call(x, edges) if where == "inside" else checkpoint(call, x, edges, use_reentrant=False)
             out.square().mean().backward()
         return [p.grad for p in model.parameters()]
 
@@ -172,7 +169,9 @@ EDGES = [("paper", "cites", "paper"), ("author", "writes", "paper"), ("paper", "
 
 def hetero_graph():
     x = {"paper": torch.randn(64, 16), "author": torch.randn(40, 16)}
-    return x, {e: torch.stack([torch.randint(len(x[e[0]]), (200,)), torch.randint(len(x[e[2]]), (200,))]) for e in EDGES}
+    return x, {
+        e: torch.stack([torch.randint(len(x[e[0]]), (200,)), torch.randint(len(x[e[2]]), (200,))]) for e in EDGES
+    }
 
 
 class Homogeneous(nn.Module):
