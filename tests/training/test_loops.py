@@ -31,7 +31,7 @@ def _fresh_dynamo():
 
 
 def compare(model, train, within=0.05):
-    """`train(model, call)` trains the model through `call` and returns tensors; rounded ones are to be close `within`."""
+    """`train(model, call)` trains the model through `call` and returns tensors; rounded ones are close `within`."""
     runs = {}
     for kind in ("plain", "lossless", "rounded"):
         torch._dynamo.reset()
