@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-torch lint format bench gpu
+.PHONY: help setup demo test test-all test-torch lint format bench explore gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,9 @@ gpu: GPU_PYTHON := $(PYTHON)
 endif
 gpu: ## on a machine with a GPU, 8 minutes: its tests, kernels and steps (PYTHON=python3: with that Python's own torch)
 	$(GPU_PYTHON) -m bench gpu $(ARGS)
+
+explore: $(STAMP) ## draw models and graphs, and look for one that is compressed wrongly (ARGS="--cases 10000 --seed 0")
+	$(BIN)/python -m tests.explore $(ARGS)
 
 bench: $(STAMP) ## all benchmarks, written to bench/results (ARGS="sage-arxiv" for one, ARGS="list" for the list)
 	$(BIN)/python -m bench $(or $(ARGS),all)

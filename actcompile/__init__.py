@@ -11,17 +11,23 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
     raise ImportError(f"actcompile needs torch 2.11 or newer, found {torch.__version__}: pip install 'torch>=2.11'")
 
 from ._calibrate import calibrate
+from ._check import check
+from ._check_report import CheckReport
+from ._sparse_inputs import edges_of, traceable
 from .api import backend, compress, explain
 from .config import Config, bits, cast, exact, iexact, keep, lossless, low_rank, prune, sample_rows, smallest
 from .report import Report
 
 __all__ = [
+    "CheckReport",
     "Config",
     "Report",
     "backend",
     "bits",
     "calibrate",
     "cast",
+    "edges_of",
+    "check",
     "compress",
     "exact",
     "explain",
@@ -32,5 +38,6 @@ __all__ = [
     "prune",
     "sample_rows",
     "smallest",
+    "traceable",
 ]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The command line: `python -m actcompile demo | explain | env`."""
+"""The command line: `python -m actcompile demo | explain | check | env`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ class UsageError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 1 with a message on stderr."""
+    """Runs one command; returns the exit status: 0, or 1 with a message on stderr, or where `check` finds a bias."""
     given = _parser().parse_args(arguments)
     try:
-        given.run(given)
+        return given.run(given) or 0
     except (UsageError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         if given.traceback:
             raise
         print(f"actcompile {given.command}: {_message(error)}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _message(error: BaseException) -> str:
@@ -52,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"actcompile {actcompile.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | explain | env")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | explain | check | env")
 
     command = commands.add_parser("demo", help="train a GraphSAGE, plain and compressed in turn, and compare")
     command.set_defaults(run=_demo)
@@ -91,6 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="FILE", help="write the report as data")
     command.add_argument("--code", action="store_true", help="print both rewritten graphs, too")
     _add_data(command)
+    _add_config(command)
+
+    command = commands.add_parser(
+        "check",
+        help="tell what compression does to a model's gradients on a batch: noise, bias, and a rule that mends it",
+        epilog="exit status 1 where a gradient is biased though the plan claims that it is not, or by more than 2 %%",
+    )
+    command.set_defaults(run=_check)
+    command.add_argument(
+        "target",
+        help="file.py:name or package.module:name, where name is a function that returns (model, inputs) or "
+        "(model, inputs, loss); loss takes the model's outputs",
+    )
+    command.add_argument("--seeds", type=_positive, default=20, help="number of roundings (default: 20)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the report as data")
     _add_config(command)
 
     command = commands.add_parser("env", help="tell versions, compilers, devices, and what works here")
@@ -158,7 +172,7 @@ def _explain(given: argparse.Namespace) -> None:
     config = _config(given)
     if bool(given.target) == bool(given.model):
         raise UsageError("give either a target such as my_model.py:make, or --model; see explain --help")
-    model, inputs = _named_model(given) if given.model else _load(given.target)
+    model, inputs = _named_model(given) if given.model else _load(given.target)[:2]
     if given.input:
         inputs = tuple(tensor for name, tensor in given.input if not name)
     keywords = {name: tensor for name, tensor in given.input if name}
@@ -172,6 +186,20 @@ def _explain(given: argparse.Namespace) -> None:
         if path:
             write(path)
             print(f"written to {path}")
+
+
+def _check(given: argparse.Namespace) -> int:
+    config = _config(given)
+    model, inputs, loss = _load(given.target)
+    if not inputs:
+        raise UsageError(f"{given.target} gives no inputs: return (model, inputs) or (model, inputs, loss)")
+    inner = given.inner or "aot_eager"
+    report = actcompile.check(model, *inputs, loss=loss, config=config, seeds=given.seeds, options={"inner": inner})
+    Console().print(report)
+    if given.json:
+        given.json.write_text(report.to_json(), encoding="utf-8")
+        print(f"written to {given.json}")
+    return int(not report.ok)
 
 
 def _env(given: argparse.Namespace) -> None:
@@ -196,8 +224,8 @@ def _named_model(given: argparse.Namespace) -> tuple[nn.Module, tuple[torch.Tens
     return model, (x, torch.empty(2, edges, dtype=torch.int64, device="meta"))
 
 
-def _load(target: str) -> tuple[Any, tuple[Any, ...]]:
-    """The model, and the inputs if there are any, behind `file.py:name` or `package.module:name`."""
+def _load(target: str) -> tuple[Any, tuple[Any, ...], Any]:
+    """The model, its inputs and loss if there are any, behind `file.py:name` or `package.module:name`."""
     where, _, name = target.rpartition(":")
     if not where:
         raise UsageError(f"{target!r} names no object: write file.py:name or package.module:name")
@@ -217,10 +245,10 @@ def _load(target: str) -> tuple[Any, tuple[Any, ...]]:
     made = getattr(module, name)
     if not isinstance(made, nn.Module):
         made = made()
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
+    model, inputs, loss = (*made, None)[:3] if isinstance(made, tuple) and len(made) in (2, 3) else (made, (), None)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{target} gives a {type(model).__name__}, not a torch.nn.Module or (module, inputs)")
-    return model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    return model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), loss
 
 
 def _positive(text: str) -> int:

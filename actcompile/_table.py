@@ -30,11 +30,19 @@ def render(report: "Report") -> str:
 
     For colours, print the report through rich: `rich.print(report)`.
     """
-    width = min(max(shutil.get_terminal_size((100, 24)).columns, NARROWEST), WIDEST)
+    return to_text(renderable(report, roomy=_width() >= ROOMY))
+
+
+def to_text(what: RenderableType) -> str:
+    """Something of rich's as plain text, as wide as the terminal."""
     out = io.StringIO()
-    console = Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(renderable(report, roomy=width >= ROOMY))
+    console = Console(file=out, width=_width(), color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(what)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _width() -> int:
+    return min(max(shutil.get_terminal_size((100, 24)).columns, NARROWEST), WIDEST)
 
 
 def renderable(report: "Report", roomy: bool | None = None) -> Group:
@@ -57,10 +65,13 @@ def renderable(report: "Report", roomy: bool | None = None) -> Group:
 
 
 def heading(report: "Report", number: int) -> str:
-    """`graph 0 of 2, compiled by inductor: 16.40 MB -> 1.46 MB`."""
+    """`graph 0 of 2, compiled by inductor: 16.40 MB -> 1.46 MB`, and the sizes that this is for; in eval mode it says so."""
     graph = report.graphs[number]
     change = f"{human(graph.bytes_before)} -> {human(graph.bytes_after)}"
-    return f"graph {number} of {len(report.graphs)}, compiled by {clean(graph.inner)}: {change}"
+    mode = "" if graph.training else ", in eval mode"
+    sizes = [f"{name} {'at most' if name in graph.bounds else '='} {size:,}" for name, size in graph.sizes.items()]
+    at = f", with {', '.join(map(clean, sizes))}" if sizes else ""
+    return f"graph {number} of {len(report.graphs)}, compiled by {clean(graph.inner)}{mode}: {change}{at}"
 
 
 def totals(report: "Report") -> str:
@@ -112,8 +123,7 @@ def count(things: list["Row"], name: str) -> str:
 
 
 def _table(rows: list["Row"], roomy: bool) -> Table:
-    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    table = Table(box=box.SIMPLE_HEAD if unicode else box.ASCII2, padding=(0, int(roomy), 0, 0))
+    table = Table(box=simple_box(), padding=(0, int(roomy), 0, 0))
     table.add_column("layer" if roomy else "layer, source line", overflow="fold", max_width=26 if roomy else 21)
     if roomy:
         table.add_column("source line", no_wrap=True)
@@ -139,6 +149,11 @@ def _table(rows: list["Row"], roomy: bool) -> Table:
             Text(clean(row.reason.removeprefix(f"biased through {row.through}, "))),
         )
     return table
+
+
+def simple_box() -> box.Box:
+    """A line below the head, in characters that the terminal has."""
+    return box.SIMPLE_HEAD if (sys.stdout.encoding or "utf-8").lower().startswith("utf") else box.ASCII2
 
 
 def biased(row: "Row") -> str:

@@ -13,15 +13,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from bench._torch import saved_without_version_check
 
 
-def saved_tensors(output: Tensor, exclude: Iterable[Tensor] = ()) -> list[Tensor]:
+def saved_tensors(
+    output: Tensor, exclude: Iterable[Tensor] = (), counts: Callable[[Node], bool] | None = None
+) -> list[Tensor]:
     """One tensor for each distinct storage that the autograd graph below `output` keeps alive for backward.
 
     Storages of `exclude` (parameters, buffers, inputs: alive anyway) are left out. Works for eager graphs, for compiled
-    ones, and for mixtures; call it after the forward pass and before the backward pass.
+    ones, and for mixtures; call it after the forward pass and before the backward pass. `counts` says which nodes of
+    the autograd graph count, all by default.
     """
     seen = {_storage(t) for t in exclude}
     found, visited, stack = [], set(), [output.grad_fn]
@@ -31,23 +35,23 @@ def saved_tensors(output: Tensor, exclude: Iterable[Tensor] = ()) -> list[Tensor
             continue
         visited.add(node)
         stack.extend(successor for successor, _ in node.next_functions)
-        for tensor in _held_by(node):
+        for tensor in _held_by(node) if counts is None or counts(node) else ():
             if tensor.numel() and _storage(tensor) not in seen:
                 seen.add(_storage(tensor))
                 found.append(tensor)
     return found
 
 
-def saved_bytes(output: Tensor, exclude: Iterable[Tensor] = ()) -> int:
+def saved_bytes(output: Tensor, exclude: Iterable[Tensor] = (), counts: Callable[[Node], bool] | None = None) -> int:
     """The bytes of the storages that `saved_tensors` finds."""
-    return sum(t.untyped_storage().nbytes() for t in saved_tensors(output, exclude))
+    return sum(t.untyped_storage().nbytes() for t in saved_tensors(output, exclude, counts))
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _held_by(node: torch.autograd.graph.Node) -> list[Tensor]:
+def _held_by(node: Node) -> list[Tensor]:
     if hasattr(node, "saved_tensors"):  # a Python autograd function: a compiled graph, or a user's own
         return [t for t in (*node.saved_tensors, *saved_without_version_check(node)) if isinstance(t, Tensor)]
     held: list[Tensor] = []

@@ -9,6 +9,8 @@ independent: hashing one seed with the activation's number instead left correlat
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,24 @@ MIX_1 = 0x85EBCA6B
 MIX_2 = 0xC2B2AE35
 LCG_MULTIPLIER = 1664525
 LCG_INCREMENT = 1013904223
+
+_own_generators: ContextVar[tuple[int, dict[torch.device, torch.Generator]] | None] = ContextVar(
+    "actcompile_own_generators", default=None
+)
+
+
+@contextmanager
+def rounding_seeded(seed: int) -> Iterator[None]:
+    """Inside, seeds come from generators of their own, started with `seed`, one for each device.
+
+    So a model draws the same dropout however many activations are rounded, and steps that differ in `seed` alone differ
+    by rounding alone.
+    """
+    token = _own_generators.set((seed, {}))
+    try:
+        yield
+    finally:
+        _own_generators.reset(token)
 
 
 def signed32(value: int) -> int:
@@ -55,7 +75,13 @@ def draw_seed(count: int, device: torch.device) -> Tensor:
     Returns:
         int32 of shape (count, 2): one row for each activation that the call quantises.
     """
-    return torch.randint(-(2**31), 2**31, (count, 2), dtype=torch.int32, device=device)
+    own, generator = _own_generators.get(), None
+    if own is not None:
+        seed, generators = own
+        generator = generators.get(device)
+        if generator is None:
+            generator = generators[device] = torch.Generator(device).manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, (count, 2), dtype=torch.int32, device=device, generator=generator)
 
 
 @draw_seed.register_fake

@@ -1,45 +1,109 @@
-"""Which saved activations may be rounded without biasing any gradient.
+"""How every gradient depends on every saved activation, and so what rounding the activation does to its mean.
 
-Rounding replaces a source `s` by a random `r(s)` with mean `s`, drawn independently of every other source. A gradient
-`f` with `f(E r(s)) = E f(r(s))` keeps its mean; this holds for every distribution of `r(s)` exactly if `f` is affine in
-the whole tensor `s` while all else is held. With several sources rounded at once it is enough that `f` is affine in
-each: independence turns the mean of a product of different sources into the product of their means.
+Rounding replaces each element of a source `s` by a random one with the same mean, drawn independently of all others. A
+gradient that is affine in each element keeps its mean. A product of two values that both hold an element `e` does not:
+its mean is off by `Var(e)` times the shares that `e` has in them. The *share* of an element is
 
-Affine in the whole tensor is more than needed where the *elements* of a source are rounded independently of one
-another: `x0 * x1` of one source would keep its mean, only `x0 * x0` would not. We ask for the stronger property, since
-a random projection rounds all elements of a row together, and since ops on whole tensors (`x.T @ x`, the
-`h * sum(g * h)` of a normalisation) nearly always hold some square.
+- 1 in a value that is made of single elements of `s`: moved, masked, multiplied with something else, or a sum over
+  neighbours, which may be one neighbour;
+- `1/n` in a mean of `n` elements;
+- `1/sqrt(n)` in a sum of `n` elements, for its summands may cancel, so that it is no larger than that.
 
-`bias` proves affinity op by op, by the rules of `linearity`. Whatever it cannot prove it calls biased: an op without a
-rule, an op that writes into its arguments, a node that does not know its dtype (no `meta["val"]`). So "unbiased" is a
-proof, while "biased" may be caution: `exp(log(x))` is called biased through `aten.log.default`.
+So `x * mean(x)` of BatchNorm's backward is biased by the variance over `n`, while `x * f(x)` is biased by all of it,
+also where the sum or mean over many rows is taken afterwards: that averages the noise, not the bias. A non-linear
+function of one element is biased by its variance; of a mean, by that of the mean.
+
+`bias` follows the shares through the backward graph, op by op, by the rules of `linearity`, and returns for each source
+the worst product, as the number `n` by which its variance is divided. Whatever it cannot prove counts as made of single
+elements, non-linearly: an op without a rule, an op that writes into its arguments, a node without `meta["val"]`. So
+"unbiased" is a proof, while "biased" may be caution: `exp(log(x))` is called biased through `aten.log.default`.
+
+Affine in each element would be enough where elements are rounded apart. A random projection rounds all elements of a
+row together, so "unbiased" here is more: no product of the source with itself at all, not even of different elements.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
 
-from actcompile.passes.linearity import Polynomial, rule_for
+from . import _torch
+from .linearity import Polynomial, Term, rule_for
 
-Degrees: TypeAlias = dict[fx.Node, fx.Node | None]
-"""How a value depends on each source: absent from the dict, affine (None), or non-linear, since this node."""
+NEARLY = 4  # a sum of n elements times 1 / n up to such a factor is a mean: 1 / (n - 1), 2 / n
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some elements of a value are sums over `summed` elements of a source, or means where they were `divided`.
+
+    `repeats`: single elements stand in the value so often, by broadcasts and takes: a sum over repeats is none.
+    """
+
+    summed: float = 1.0
+    divided: bool = False
+    repeats: float = 1.0
+
+    @property
+    def size(self) -> float:
+        """What one element of the source contributes, relative to the whole."""
+        return 1 / self.summed if self.divided else 1 / math.sqrt(self.summed)
+
+    def meets(self, other: Share) -> float:
+        """The variance of one element is divided by so many in the mean of a product of two such values."""
+        common = min(self.summed, other.summed)
+        return max(1.0, 1 / (common * self.size * other.size))
+
+
+ELEMENT = Share()
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a value depends on one source.
+
+    Attributes:
+        shares: those that occur among the elements of the value.
+        averaged_over: its mean is off by the variance of an element over so many; infinite where it is not off.
+        through: the op that did so.
+    """
+
+    shares: frozenset[Share] = frozenset((ELEMENT,))
+    averaged_over: float = math.inf
+    through: fx.Node | None = None
+
+    def biased(self, over: float, node: fx.Node) -> Form:
+        """This form, after `node` made a product that moves the mean by the variance over so many."""
+        return replace(self, averaged_over=over, through=node) if over < self.averaged_over else self
+
+    def unknown(self, node: fx.Node) -> Form:
+        """This form, after `node` may have done anything to single elements."""
+        return replace(self, shares=self.shares | {ELEMENT}).biased(1.0, node)
+
+
+Forms = dict[fx.Node, Form]
+"""By source; absent where a value does not depend on it."""
 
 
 @dataclass(frozen=True)
 class Dependence:
     """How the gradients depend on one saved activation.
 
-    `through` is the first op of the backward graph that makes an output of the graph non-linear in it.
+    Attributes:
+        biased: whether rounding it moves the mean of a gradient.
+        through: the op of the backward graph that does so most.
+        averaged_over: the bias is the rounding's variance over so many elements; 1: element by element; 0: no bias.
     """
 
     biased: bool
     through: fx.Node | None = None
+    averaged_over: int = 0
 
     @property
     def op(self) -> str:
@@ -56,45 +120,44 @@ def op_name(node: fx.Node) -> str:
 
 
 def bias(backward: fx.Graph, sources: Sequence[fx.Node]) -> dict[fx.Node, Dependence]:
-    """Says for each of `sources` whether rounding it without bias, independently of the others, biases an output.
+    """Says for each of `sources` what rounding it, without bias and independently of the others, does to the outputs.
 
     Args:
         backward: the graph of AOTAutograd's backward function, before or after decomposition, with `meta["val"]`.
-        sources: placeholders of `backward` that stand for the tensors to be rounded.
+        sources: the tensors to be rounded: placeholders of `backward`, or values in whose place one would come.
 
     The answer for one source holds whether the other sources are rounded too or kept.
 
     Raises:
-        ValueError: a source is not a placeholder of `backward`.
+        ValueError: a source is no value of `backward`.
     """
     for source in sources:
-        if source.graph is not backward or source.op != "placeholder":
-            raise ValueError(f"sources: {source} is not a placeholder of the backward graph")
+        if source.graph is not backward or source.op == "output":
+            raise ValueError(f"sources: {source} is no value of the backward graph")
     return _Propagation(backward, sources).run()
 
 
 class _Propagation:
-    """One walk through the graph, in order. An op with several outputs has a list of degrees, one for each."""
+    """One walk through the graph, in order. An op with several outputs has a list of forms, one for each."""
 
     def __init__(self, graph: fx.Graph, sources: Sequence[fx.Node]) -> None:
         self.graph = graph
-        self.order = {node: position for position, node in enumerate(graph.nodes)}
-        self.values: dict[fx.Node, Degrees | list[Degrees]] = {source: {source: None} for source in sources}
+        self.values: dict[fx.Node, Forms | list[Forms]] = {source: {source: Form()} for source in sources}
         self.sources = sources
 
     def run(self) -> dict[fx.Node, Dependence]:
-        seen: list[Degrees] = []  # by whoever runs the graph: outputs, and effects
+        seen: list[Forms] = []  # by whoever runs the graph: outputs, and effects
         for node in self.graph.nodes:
             if node.op == "output":
                 seen.append(self.of(node.args))
-            elif node.op != "placeholder":
+            elif node.op != "placeholder" and node not in self.values:
                 self.values[node] = self.call(node)
                 if _has_effect(node):
-                    seen.append(self.nonlinear(node, self.of((node.args, node.kwargs))))
-        degrees = self.join(seen)
-        return {s: Dependence(degrees.get(s) is not None, degrees.get(s)) for s in self.sources}
+                    seen.append(self.unknown(node, self.of((node.args, node.kwargs))))
+        forms = self.join(seen)
+        return {s: _dependence(forms.get(s)) for s in self.sources}
 
-    def call(self, node: fx.Node) -> Degrees | list[Degrees]:
+    def call(self, node: fx.Node) -> Forms | list[Forms]:
         everything = self.of((node.args, node.kwargs))
         if not everything:
             return {}
@@ -103,29 +166,44 @@ class _Propagation:
             parts = self.values.get(whole) if isinstance(whole, fx.Node) else None
             if isinstance(parts, list) and isinstance(index, int):
                 return parts[index]
-            return everything if isinstance(whole, fx.Node) and not self.of(index) else self.nonlinear(node, everything)
+            return everything if isinstance(whole, fx.Node) and not self.of(index) else self.unknown(node, everything)
         found = None if _has_effect(node) else rule_for(node)
-        if found is None or "val" not in node.meta:
-            return self.nonlinear(node, everything)
-        rule, bound = found
-        arguments = {name: degrees for name, value in bound.items() if (degrees := self.of(value))}
+        if "val" not in node.meta or (found is None and not _is_pointwise(node)):
+            return self.unknown(node, everything)
         value = node.meta["val"]
+        if found is None:
+            given = {str(i): a for i, a in enumerate((*node.args, *node.kwargs.values()))}
+            return self.apply(node, Polynomial((), frozenset()), given, value)
+        rule, bound = found
         if len(rule.outputs) == 1:
-            return self.apply(node, rule.outputs[0], arguments, _is_float(value))
-        return [self.apply(node, out, arguments, _is_float(v)) for out, v in zip(rule.outputs, value, strict=True)]
+            return self.apply(node, rule.outputs[0], bound, value)
+        return [self.apply(node, out, bound, v) for out, v in zip(rule.outputs, value, strict=True)]
 
-    def apply(self, node: fx.Node, output: Polynomial, arguments: dict[str, Degrees], is_float: bool) -> Degrees:
-        arguments = {name: degrees for name, degrees in arguments.items() if name not in output.ignored}
-        result = self.join(arguments.values())
-        for source, through in result.items():
-            depending = frozenset(name for name, degrees in arguments.items() if source in degrees)
-            if through is None and not (is_float and output.affine_in(depending)):
-                result[source] = node
+    def apply(self, node: fx.Node, output: Polynomial, bound: Mapping[str, Any], value: Any) -> Forms:
+        """The forms of one output of a call with the arguments `bound`, by name."""
+        arguments = {
+            name: forms for name, given in bound.items() if name not in output.ignored and (forms := self.of(given))
+        }
+        if not _is_float(value):
+            return self.unknown(node, self.join(arguments.values()))
+        result: Forms = {}
+        for source in dict.fromkeys(s for forms in arguments.values() for s in forms):
+            given = {name: forms[source] for name, forms in arguments.items() if source in forms}
+            form = _joined(
+                _moved(given[name], *place) for name in given for place in _places(output, name, bound, value)
+            )
+            for one, other in _meeting(output, given):
+                if other in output.named or _is_pointwise(node):
+                    over = min(a.meets(b) for a in given[one].shares for b in given[other].shares)
+                    form = form.biased(over, node)
+                else:
+                    form = form.unknown(node)
+            result[source] = _scaled(form, _factor(node))
         return result
 
-    def of(self, argument: Any) -> Degrees:
-        """The degrees of an argument: a node, or containers that hold nodes, all of them added up."""
-        found: list[Degrees] = []
+    def of(self, argument: Any) -> Forms:
+        """The forms of an argument: a node, or containers that hold nodes, all of them added up."""
+        found: list[Forms] = []
 
         def collect(node: fx.Node) -> fx.Node:
             value = self.values.get(node, {})
@@ -135,19 +213,102 @@ class _Propagation:
         fx.map_arg(argument, collect)
         return self.join(found)
 
-    def join(self, values: Iterable[Degrees]) -> Degrees:
-        """The degrees of a sum: non-linear where one summand is, since the earliest node that made one so."""
-        result: Degrees = {}
-        for degrees in values:
-            for source, through in degrees.items():
-                known = result.get(source)
-                if known is None or (through is not None and self.order[through] < self.order[known]):
-                    result[source] = through
-        return result
+    @staticmethod
+    def join(values: Iterable[Forms]) -> Forms:
+        """The forms of a sum."""
+        result: dict[fx.Node, list[Form]] = {}
+        for forms in values:
+            for source, form in forms.items():
+                result.setdefault(source, []).append(form)
+        return {source: _joined(forms) for source, forms in result.items()}
 
     @staticmethod
-    def nonlinear(node: fx.Node, degrees: Degrees) -> Degrees:
-        return {source: through or node for source, through in degrees.items()}
+    def unknown(node: fx.Node, forms: Forms) -> Forms:
+        """Anything may have been done to single elements."""
+        return {source: form.unknown(node) for source, form in forms.items()}
+
+
+def _joined(forms: Iterable[Form]) -> Form:
+    """The form of a sum; of equal biases the op that comes first."""
+    forms = list(forms)
+    worst = min(forms, key=lambda f: (f.averaged_over, f.through is None, f.through))
+    shares = frozenset(share for form in forms for share in form.shares)
+    return Form(shares, worst.averaged_over, worst.through)
+
+
+def _meeting(output: Polynomial, given: Mapping[str, Form]) -> Iterator[tuple[str, str]]:
+    """The pairs of arguments, of those that depend on one source, that an op multiplies, or may multiply.
+
+    The second of a pair is one that the op is not affine in, if any of the two is.
+    """
+    names = sorted(given, key=lambda name: name not in output.named)
+    for i, other in enumerate(names):
+        for one in names[: i + (other not in output.named)]:
+            if other not in output.named or any({one, other} <= set(term.factors) for term in output.terms):
+                yield one, other
+
+
+def _places(output: Polynomial, name: str, bound: Mapping[str, Any], value: Any) -> Iterator[tuple[float, float, bool]]:
+    """How an argument gets into a result: how often an element stands there, of how many a sum is, whether a mean."""
+    given = bound.get(name)
+    operand = given.meta.get("val") if isinstance(given, fx.Node) else None
+    for term in [term for term in output.terms if name in term.factors] or [Term((name,))]:
+        if not isinstance(operand, torch.Tensor) or not isinstance(value, torch.Tensor):
+            yield 1.0, 1.0, False
+            continue
+        count = _torch.least_product(_reduced(term, bound, operand)) if term.reduce else 1
+        repeats = _torch.most_ratio(value.shape, operand.shape) * count
+        yield max(repeats, 1.0), max(count, 1.0), term.reduce == "mean"
+
+
+def _moved(form: Form, repeats: float, count: float, mean: bool) -> Form:
+    """The form of an argument after it was brought to its places in a result, and added up there."""
+    shares = set()
+    for share in form.shares:
+        if share.summed == 1:
+            apart = count / share.repeats
+            often = max(1.0, share.repeats / count) * repeats
+            share = Share(apart, mean) if apart > 1 else Share(repeats=often)
+        shares.add(share)
+    return replace(form, shares=frozenset(shares))
+
+
+def _reduced(term: Term, bound: Mapping[str, Any], operand: torch.Tensor) -> list[Any]:
+    """The sizes of the dimensions that an op adds up."""
+    if len(term.factors) > 1:  # the last one of the first factor: of matrices, and of vectors
+        first = bound[term.factors[0]].meta.get("val")
+        return [] if first is None else [first.shape[-1]]
+    dims = bound.get("dim", bound.get("dims"))
+    if dims is None or dims == []:
+        return list(operand.shape)
+    return [operand.shape[d] for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _factor(node: fx.Node) -> float:
+    """The number that a call multiplies a tensor with, 1 where it is none."""
+    name = str(getattr(node.target, "overloadpacket", ""))
+    if name not in ("aten.mul", "prims.mul", "aten.div", "prims.div") or len(node.args) < 2:
+        return 1.0
+    number = next((n for a in node.args[:2] if (n := _torch.number(a)) is not None), None)
+    if number is None or number == 0:
+        return 1.0
+    return abs(1 / number) if name.endswith("div") else abs(number)
+
+
+def _scaled(form: Form, factor: float) -> Form:
+    """Sums over n that are multiplied with about 1/n are means."""
+    means = [s for s in form.shares if s.summed > NEARLY and 1 / NEARLY <= s.summed * factor <= NEARLY]
+    return replace(form, shares=form.shares - {*means} | {replace(s, divided=True) for s in means})
+
+
+def _dependence(form: Form | None) -> Dependence:
+    if form is None or form.averaged_over == math.inf:
+        return Dependence(False)
+    return Dependence(True, form.through, int(form.averaged_over))
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -1,10 +1,12 @@
 """Which arguments each op is affine in: the table behind `bias`.
 
 A rule is a polynomial with implicit coefficients, in the argument names of the op's schema. `addmm` has the rule
-`"self + mat1 * mat2"`: its result is a sum of terms, each a product of the named arguments, and of anything that does
-not depend on them. So it is affine in `self`, affine in `mat1` while `mat2` is held, and not in a tensor that both are
-made of. What a rule leaves out counts as non-linear (an index, a mask, a divisor); `0 * x` says that `x` matters by
-its shape at most. An op with several outputs has one polynomial for each, separated by `;`.
+`"self + sum(mat1 * mat2)"`: its result is a sum of terms, each a product of the named arguments, and of anything that
+does not depend on them. So it is affine in `self`, affine in `mat1` while `mat2` is held, and not in a tensor that both
+are made of. What a rule leaves out counts as non-linear (an index, a mask, a divisor); `0 * x` says that `x` matters by
+its shape at most. `sum(x)` and `mean(x)` say that elements of `x` are added up, or averaged, along the op's dimensions;
+`sum(mat1 * mat2)` along the last one of the first factor. All else takes single elements. An op with several outputs
+has one polynomial for each, separated by `;`.
 
 The rules are facts of algebra. They treat the rounding of floating-point arithmetic as exact, as everyone does who
 calls a layer linear, and hold for real tensors of float dtypes.
@@ -21,33 +23,38 @@ from torch.fx.operator_schemas import normalize_function
 
 
 @dataclass(frozen=True)
+class Term:
+    """A product of arguments; `reduce` is "sum" or "mean" where elements of it are added up, else empty."""
+
+    factors: tuple[str, ...]
+    reduce: str = ""
+
+
+@dataclass(frozen=True)
 class Polynomial:
     """One output of an op: a sum of products of arguments."""
 
-    terms: tuple[frozenset[str], ...]
+    terms: tuple[Term, ...]
     ignored: frozenset[str]
 
     @staticmethod
     def parse(text: str) -> Polynomial:
-        """Reads `"self + mat1 * mat2 + 0 * other"`."""
+        """Reads `"self + sum(mat1 * mat2) + 0 * other"`."""
         terms, ignored = [], frozenset[str]()
-        for term in text.split("+"):
+        for part in text.split("+"):
+            reduce, _, inner = part.strip().rstrip(")").rpartition("(")
             # torch.fx renames the argument "self" to "input"; no op of the table has both.
-            names = frozenset("input" if (name := factor.strip()) == "self" else name for factor in term.split("*"))
+            names = tuple("input" if (name := factor.strip()) == "self" else name for factor in inner.split("*"))
             if "0" in names:
-                ignored |= names - {"0"}
+                ignored |= set(names) - {"0"}
             else:
-                terms.append(names)
+                terms.append(Term(names, reduce))
         return Polynomial(tuple(terms), ignored)
 
     @property
     def named(self) -> frozenset[str]:
         """Every argument that the polynomial is affine in."""
-        return frozenset().union(*self.terms)
-
-    def affine_in(self, arguments: frozenset[str]) -> bool:
-        """Whether the output is affine in a tensor that exactly these `arguments` are affine functions of."""
-        return arguments <= self.named and all(len(term & arguments) <= 1 for term in self.terms)
+        return frozenset(name for term in self.terms for name in term.factors)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,9 @@ _TABLE: tuple[tuple[str, str, dict[str, Container[Any]]], ...] = (
     ("prims: where", "a + b", {}),
     ("prims: inductor_force_stride_order", "input", {}),
     # Sums.
-    ("aten: neg sum mean cumsum trace", "self", {}),
+    ("aten: neg cumsum trace", "self", {}),
+    ("aten: sum", "sum(self)", {}),
+    ("aten: mean", "mean(self)", {}),
     ("aten: add sub rsub", "self + other", {}),
     ("aten: index_add", "self + source", {}),
     ("aten: index_reduce", "self + source", {"reduce": ("mean",)}),
@@ -103,7 +112,7 @@ _TABLE: tuple[tuple[str, str, dict[str, Container[Any]]], ...] = (
     ("aten: segment_reduce", "data", {"reduce": _SUMMING}),
     ("prims: neg clone", "self", {}),
     ("prims: add sub", "self + other", {}),
-    ("prims: sum", "inp", {}),
+    ("prims: sum", "sum(inp)", {}),
     # Products.
     ("aten: mul", "self * other", {}),
     ("aten: div", "self", {"rounding_mode": _NONE}),
@@ -111,14 +120,14 @@ _TABLE: tuple[tuple[str, str, dict[str, Container[Any]]], ...] = (
     ("aten: lerp", "self + self * weight + end * weight", {}),
     ("aten: addcmul", "self + tensor1 * tensor2", {}),
     ("aten: addcdiv", "self + tensor1", {}),
-    ("aten: mm bmm", "self * mat2", {}),
-    ("aten: mv", "self * vec", {}),
-    ("aten: dot", "self * tensor", {}),
-    ("aten: vdot", "self * other", {}),
-    ("aten: addmm", "self + mat1 * mat2", {}),
-    ("aten: addmv", "self + mat * vec", {}),
+    ("aten: mm bmm", "sum(self * mat2)", {}),
+    ("aten: mv", "sum(self * vec)", {}),
+    ("aten: dot", "sum(self * tensor)", {}),
+    ("aten: vdot", "sum(self * other)", {}),
+    ("aten: addmm", "self + sum(mat1 * mat2)", {}),
+    ("aten: addmv", "self + sum(mat * vec)", {}),
     ("aten: addr", "self + vec1 * vec2", {}),
-    ("aten: baddbmm addbmm", "self + batch1 * batch2", {}),
+    ("aten: baddbmm addbmm", "self + sum(batch1 * batch2)", {}),
     ("aten: convolution", "input * weight + bias", {}),
     (
         "aten: _embedding_bag _embedding_bag_forward_only",
@@ -128,6 +137,7 @@ _TABLE: tuple[tuple[str, str, dict[str, Container[Any]]], ...] = (
     ("prims: mul", "self * other", {}),
     ("prims: div", "self", {}),
     ("prims: fma", "a * b + c", {}),
+    ("actcompile: spmm spmm_transposed", "value * matrix", {}),
     # Backward ops that only move or sum the gradient.
     ("aten: slice_backward select_backward diagonal_backward embedding_dense_backward", "grad_output", {}),
     ("aten: masked_scatter_backward", "grad_output", {}),

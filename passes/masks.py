@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import fx
 
-from .split import Split, call, is_tensor, root
+from .split import Split, call, is_tensor
 
 aten = torch.ops.aten
 
@@ -32,12 +32,12 @@ def hoist_comparisons(split: Split, kept: Collection[fx.Node] = ()) -> None:
     """Saves exact bool and integer tensors instead of recomputing them in backward from floats that may be rounded."""
     origin = split.origin()
     hoistable: set[fx.Node] = set(origin)
-    rounded: set[fx.Node] = {p for n, p in split.pairs if _is_float(n) and p not in kept and not _is_free(n, split)}
+    rounded: set[fx.Node] = {p for n, p in split.pairs if _is_float(n) and p not in kept and not split.is_free(n)}
     for node in list(split.backward.graph.nodes):
         if node.op == "get_attr":
             setattr(split.forward, node.target, getattr(split.backward, node.target))  # both come of one joint graph
             hoistable.add(node)
-        if node.op != "call_function" or not _is_pure(node) or not all(n in hoistable for n in node.all_input_nodes):
+        if node.op != "call_function" or not is_pure(node) or not all(n in hoistable for n in node.all_input_nodes):
             continue
         hoistable.add(node)
         if any(n in rounded for n in node.all_input_nodes):
@@ -56,7 +56,7 @@ def hoist_comparisons(split: Split, kept: Collection[fx.Node] = ()) -> None:
     ]
     for node in to_hoist:
         before = {n for n, p in split.pairs}
-        exact = _copy_to_forward(node, split, origin)
+        exact = split.copy_to_forward(node, origin)
         if exact in before:
             placeholder = next(p for n, p in split.pairs if n is exact)
         else:
@@ -78,25 +78,6 @@ def _spell_sign(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
         node.replace_all_uses_with(call(graph, aten.sub.Tensor, above, below, like=node))
     graph.erase_node(node)
     return comparisons
-
-
-def _copy_to_forward(node: fx.Node, split: Split, origin: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The forward node that computes what backward's `node` computes: one that is there already, or a copy."""
-    if node in origin:
-        return origin[node]
-    args = fx.map_arg(node.args, lambda n: _copy_to_forward(n, split, origin))
-    kwargs = fx.map_arg(node.kwargs, lambda n: _copy_to_forward(n, split, origin))
-    inputs: list[fx.Node] = []
-    fx.map_arg((args, kwargs), inputs.append)
-    for user in inputs[0].users if inputs else ():
-        if user.op == node.op and user.target == node.target and (user.args, user.kwargs) == (args, kwargs):
-            origin[node] = user
-            return user
-    graph = split.forward.graph
-    with graph.inserting_after(max([*inputs, _last_placeholder(graph)])):
-        copy = graph.node_copy(node, lambda n: origin[n])
-    origin[node] = copy
-    return copy
 
 
 def _last_placeholder(graph: fx.Graph) -> fx.Node:
@@ -121,7 +102,7 @@ def merge_masks(split: Split) -> None:
             continue
         forward, backward = split.forward.graph, split.backward.graph
         a, b = origin[condition], origin[factor]
-        if _is_free(a, split) and _is_free(b, split):
+        if split.is_free(a) and split.is_free(b):
             continue
         last = _last_placeholder(forward)
         with forward.inserting_after(max(a, b, last)):
@@ -160,14 +141,6 @@ def _is_zero(value: object) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
-def _is_free(node: fx.Node, split: Split) -> bool:
-    """Whether saving a forward node costs no memory, and so nothing of ours will change it."""
-    base = root(node)
-    return base.op in ("placeholder", "get_attr") or any(
-        base is root(n) for n in split.user_outputs if isinstance(n, fx.Node)
-    )
-
-
 def _is_discrete(node: fx.Node) -> bool:
     return is_tensor(node) and not node.meta["val"].is_floating_point() and not node.meta["val"].is_complex()
 
@@ -180,7 +153,7 @@ def _is_float(node: fx.Node) -> bool:
     return is_tensor(node) and node.meta["val"].is_floating_point()
 
 
-def _is_pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         random = torch.Tag.nondeterministic_seeded in node.target.tags or "inductor" in node.target.name()
         return not node.target._schema.is_mutable and not random

@@ -7,7 +7,7 @@ and returns the same `Plan`.
 import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,13 +18,15 @@ from actcompile.kernels.format import EXPLICIT_BITS, LANES, Levels
 
 from . import _torch
 from .bias import Dependence
-from .codecs import Cast, Codec, Keep, LowRank, Narrow, PackBits, Prune, Quantize, Recompute, SampleRows
-from .find import SavedActivation, dense_order, numel_hint
+from .codecs import EXACT, Cast, Codec, Copy, Keep, LowRank, Narrow, PackBits, Prune, Quantize, Recompute, SampleRows
+from .find import SavedActivation, memory_order, numel_hint, own_nbytes
 from .signs import never_negative
 from .split import root
 from .standardise import standard
 
-FEW, MANY = 64, 1024  # elements to average over, from which rounding to 4 bits, or to 2, biases by less than 0.1 %
+# Elements to average over, from which rounding to 4 bits, or to 2, biases by less than 0.3 %: a block of normal values
+# has a variance of 0.017, or 0.4, of their own.
+FEW, MANY = 8, 1024
 MOST_OF_SEVERAL_ROWS = 1024  # elements; i-EXACT's published bytes fit no larger blocks
 
 
@@ -46,6 +48,7 @@ class Policy:
         fitted: levels for single activations, by `SavedActivation.key`.
         min_bytes: tensors smaller than this are kept.
         lossless: False keeps everything as it is.
+        exact: why no float is rounded, or None.
         rules: (pattern of module paths, policy for what those modules save), first match wins.
     """
 
@@ -56,6 +59,7 @@ class Policy:
     metadata: torch.dtype = torch.bfloat16
     min_bytes: int = 16384
     lossless: bool = True
+    exact: str | None = None
     rows_per_block: int | None = None
     projection: int | None = None
     standardise: bool = True
@@ -105,6 +109,16 @@ class Plan:
     def bytes_after(self) -> int:
         return sum(c.nbytes for c in self.choices)
 
+    def rounding_only(self, keys: Collection[str]) -> "Plan":
+        """The same plan, in which floats are rounded only where the activation's key is one of `keys`."""
+
+        def exact(choice: Choice) -> Choice:
+            if isinstance(choice.codec, EXACT) or choice.activation.key in keys:
+                return choice
+            return replace(choice, codec=Keep(), nbytes=choice.activation.nbytes, reason="kept exact, to compare")
+
+        return Plan(tuple(exact(choice) for choice in self.choices))
+
 
 def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, Dependence], policy: Policy) -> Plan:
     """Chooses a codec for every saved activation.
@@ -126,10 +140,30 @@ def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, D
             nbytes = activation.nbytes
         else:
             nbytes = codec.nbytes(activation.shape, activation.value.dtype) + _statistics(codec, activation, saved)
-        if nbytes >= activation.nbytes and not isinstance(codec, Keep):
+        if nbytes >= min(activation.nbytes, own_nbytes(activation.value)) and not isinstance(codec, Keep):
             codec, nbytes, reason = Keep(), activation.nbytes, f"{codec} would take {nbytes} bytes: not less"
         choices.append(Choice(activation, codec, nbytes, dependence, reason))
-    return Plan(tuple(choices))
+    return Plan(tuple(_let_go(choices, policy.min_bytes)))
+
+
+def _let_go(choices: Sequence[Choice], min_bytes: int) -> list[Choice]:
+    """Copies views that are kept where the memory that they are views of is needed for nothing else and is larger."""
+    groups: dict[fx.Node, list[Choice]] = {}
+    for choice in choices:
+        groups.setdefault(root(choice.activation.node), []).append(choice)
+    made: dict[fx.Node, Choice] = {}
+    for group in groups.values():
+        memory = sum(c.activation.nbytes for c in group)
+        kept = [c for c in group if isinstance(c.codec, Keep)]
+        pieces = {c.activation.node: own_nbytes(c.activation.value) for c in kept}
+        if memory - sum(pieces.values()) >= max(min_bytes, 1):
+            reason = "{}; copied, and the rest of the tensor that it is a view of is let go"
+            codecs = [replace(c, codec=Copy(), reason=reason.format(c.reason)) for c in kept]
+            made |= {c.activation.node: replace(c, nbytes=pieces[c.activation.node]) for c in codecs}
+        elif kept and len(kept) < len(group):  # what others share of the memory stays, too
+            others = memory - sum(c.nbytes for c in kept)
+            made[kept[0].activation.node] = replace(kept[0], nbytes=kept[0].nbytes + others)
+    return [made.get(c.activation.node, c) for c in choices]
 
 
 def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) -> tuple[Codec, str]:
@@ -147,18 +181,40 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
         return PackBits(plane_width(_row_width(a), 32, 32 * LANES)), "a mask: exact in one bit"
     if not value.is_floating_point():
         return _integer(a)
+    if policy.exact is not None:
+        return Keep(), policy.exact
     if policy.method is not None and policy.method[0] == "cast":
         return Cast(policy.method[1]), "rounded to nearest by the configuration: biased in itself"
     if dependence is None or not dependence.biased:
         return _linear(a, policy)
     if policy.nonlinear_bits is None:
         return Keep(), f"biased through {dependence.op}: kept exact by the configuration"
-    if value.dim() < 2 or _torch.known_true(value.shape[-1] == 1):
+    if _is_column(value):
         return Keep(), f"one number per row, biased through {dependence.op}: kept exact"
-    bits, how = policy.nonlinear_bits, "in the configuration's bits"
-    if bits == "auto":
-        bits, how = _automatic(averaged_over(dependence, a), policy.bits)
+    bits, how = bits_of(dependence, value, policy), "in the configuration's bits"
+    assert bits is not None
+    if policy.nonlinear_bits == "auto":
+        over = dependence.averaged_over
+        how = f"by its variance over {over}" if over > 1 else "element by element"
     return _quantize(a, bits, policy), f"biased through {dependence.op}, {how}"
+
+
+def bits_of(dependence: Dependence, value: torch.Tensor, policy: Policy) -> int | None:
+    """Bits for a float of which the gradients depend so; None where it is kept exact."""
+    if not dependence.biased:
+        return policy.bits
+    if policy.nonlinear_bits is None or _is_column(value):
+        return None
+    if policy.nonlinear_bits != "auto":
+        return policy.nonlinear_bits
+    if dependence.averaged_over >= MANY and policy.bits is not None:
+        return policy.bits
+    return max(4, policy.bits or 4) if dependence.averaged_over >= FEW else 8
+
+
+def _is_column(value: torch.Tensor) -> bool:
+    """Whether a tensor has one number to a row."""
+    return value.dim() < 2 or _torch.known_true(value.shape[-1] == 1)
 
 
 def _linear(a: SavedActivation, policy: Policy) -> tuple[Codec, str]:
@@ -183,7 +239,7 @@ def _linear(a: SavedActivation, policy: Policy) -> tuple[Codec, str]:
 
 
 def _quantize(a: SavedActivation, bits: int, policy: Policy) -> Quantize:
-    contiguous = dense_order(a.value) == list(range(a.value.dim()))
+    contiguous = memory_order(a.value) == list(range(a.value.dim()))
     standardised = policy.standardise and contiguous and standard(a.node) is not None
     return Quantize(fit_format(a, bits, policy, signed=standardised), standardised=standardised)
 
@@ -197,8 +253,7 @@ def _statistics(codec: Codec, a: SavedActivation, saved: Collection[fx.Node]) ->
 
 def _row_width(a: SavedActivation) -> Any:
     """Elements of a row, the dimension that is contiguous in memory; 1 where there are no rows."""
-    order = dense_order(a.value)
-    return a.value.shape[order[-1] if order else -1] if a.value.dim() > 1 else 1
+    return a.value.shape[memory_order(a.value)[-1]] if a.value.dim() > 1 else 1
 
 
 def _integer(a: SavedActivation) -> tuple[Codec, str]:
@@ -218,27 +273,6 @@ def is_constant(node: fx.Node) -> bool:
     """Whether a forward node is made of numbers and sizes alone."""
     makers = (torch.ops.aten.full.default, torch.ops.aten.arange.start_step, torch.ops.prims.iota.default)
     return node.target in makers and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes)
-
-
-def averaged_over(dependence: Dependence, a: SavedActivation) -> int:
-    """How many elements of an activation one number of what it is multiplied with averages, where that biases.
-
-    The bias is the rounding's variance by so many. 1 where the op that biases is no product, or of no average.
-    """
-    through = dependence.through
-    if through is None or through.target not in (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor):
-        return 1
-    sizes = [numel_hint(v) for n in through.all_input_nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
-    return a.numel // max(min(sizes), 1) if len(sizes) > 1 else 1
-
-
-def _automatic(count: int, bits: int | None) -> tuple[int, str]:
-    """Bits for a float whose rounding biases by its variance over `count`, and that in words."""
-    if count >= MANY and bits is not None:
-        return bits, "a mean over many elements"
-    if count >= FEW:
-        return max(4, bits or 4), "a mean over some elements" if count < MANY else "a mean over many elements"
-    return 8, "element by element"
 
 
 def plane_width(width: Any, planes: int, group: int) -> int:

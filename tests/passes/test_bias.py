@@ -100,10 +100,17 @@ def backward_of(layers, partition="min-cut", decompositions="inductor", seed=0):
     """The backward graph module of a stack of `layers`, and the arguments of one call of it, in float64."""
     torch.manual_seed(seed)
     stack = Stack(layers).double()
+    x = torch.randn(NODES, WIDTH, dtype=torch.float64, requires_grad=True)
+    edges = torch.randint(NODES, (2, EDGES))
+    return backward_of_module(stack, x, edges, partition, decompositions)
+
+
+def backward_of_module(model, x, edges, partition="min-cut", decompositions="inductor"):
+    """The backward graph module of a model, and the arguments of one call of it."""
     caught = {}
 
     def forward(parameters, buffers, x, edges):
-        return torch.func.functional_call(stack, (parameters, buffers), (x, edges))
+        return torch.func.functional_call(model, (parameters, buffers), (x, edges))
 
     def catch(module, _):
         def run(arguments):
@@ -120,9 +127,7 @@ def backward_of(layers, partition="min-cut", decompositions="inductor", seed=0):
         partition_fn=PARTITIONS[partition],
         decompositions=DECOMPOSITIONS[decompositions](),
     )
-    x = torch.randn(NODES, WIDTH, dtype=torch.float64, requires_grad=True)
-    edges = torch.randint(NODES, (2, EDGES))
-    y = compiled(dict(stack.named_parameters()), dict(stack.named_buffers()), x, edges)
+    y = compiled(dict(model.named_parameters()), dict(model.named_buffers()), x, edges)
     y.backward(torch.randn_like(y))
     return caught["module"], caught["arguments"]
 
@@ -342,9 +347,16 @@ def test_an_op_that_writes_counts_even_where_its_result_is_unused():
     assert verdicts(through_a_view, torch.randn(3, dtype=torch.float64))[1][0].op == "aten.copy_.default"
 
 
-def test_a_source_must_be_a_placeholder_of_the_graph():
+def test_a_value_may_stand_for_a_source():
+    module = make_fx(lambda s: s.exp() * s)(torch.randn(3))
+    s, exp, _, _ = module.graph.nodes
+    assert bias(module.graph, [s])[s].op == "aten.exp.default"
+    assert not bias(module.graph, [exp])[exp].biased
+
+
+def test_a_source_must_be_of_the_graph():
     module = make_fx(lambda s: s * 2)(torch.randn(3))
     other = make_fx(lambda s: s * 2)(torch.randn(3))
-    for source in (list(module.graph.nodes)[1], placeholders(other)[0]):
-        with pytest.raises(ValueError, match="sources: .* is not a placeholder"):
+    for source in (module.graph.output_node(), placeholders(other)[0]):
+        with pytest.raises(ValueError, match="sources: .* is no value"):
             bias(module.graph, [source])
