@@ -7,10 +7,10 @@ STAMP := $(VENV)/.ready
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench explore
+.PHONY: help setup demo test test-all test-torch lint format bench explore gpu
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 $(STAMP): requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make setup needs Python 3.11 or newer (the pinned numpy and scipy do); pass PYTHON=python3.11")'
@@ -42,6 +42,30 @@ test: lint ## lint, then the tests that need neither long compiles nor a GPU (AR
 
 test-all: lint ## lint, then all tests, also those that compile with Inductor; those for a GPU skip without one
 	$(BIN)/python -m pytest $(ARGS)
+
+# An environment of its own for one version of torch, with which the tests run; the rest as in requirements-dev.txt.
+TORCH ?= 2.13.0
+OTHER := .venv-torch-$(TORCH)
+
+$(OTHER)/.ready: requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(OTHER)
+	sed 's/^torch==.*/torch==$(TORCH)/' requirements-dev.txt >$(OTHER)/requirements.txt
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OTHER)/requirements.txt
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-torch: $(OTHER)/.ready ## the tests with another torch: make test-torch TORCH=2.11.0 (ARGS="-m slow" for those with Inductor)
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(OTHER)/inductor $(OTHER)/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+# A machine with a GPU often has a torch of its own and no network: with PYTHON given, that Python is used as it is.
+ifeq ($(origin PYTHON),file)
+gpu: GPU_PYTHON := $(BIN)/python
+gpu: $(STAMP)
+else
+gpu: GPU_PYTHON := $(PYTHON)
+endif
+gpu: ## on a machine with a GPU, 8 minutes: its tests, kernels and steps (PYTHON=python3: with that Python's own torch)
+	$(GPU_PYTHON) -m bench gpu $(ARGS)
 
 explore: $(STAMP) ## draw models and graphs, and look for one that is compressed wrongly (ARGS="--cases 10000 --seed 0")
 	$(BIN)/python -m tests.explore $(ARGS)

@@ -256,7 +256,7 @@ def _region(compiled: Any) -> int:
 def _undisturbed(backend: Backend, region: int) -> Iterator[Callable[[], tuple[str, ...]]]:
     """Puts back what a compilation leaves behind in this process; yields a function that gives its graph breaks."""
     first_break = len(graph_break_reasons)
-    skips_before = eval_frame.dynamo_tls.skip_reasons
+    skips_before = getattr(eval_frame.dynamo_tls, "skip_reasons", None)  # 2.11 notes none
     eval_frame.dynamo_tls.skip_reasons = []
     pgo.get_code_state()
     # Sizes seen before decide what is dynamic: start from them, but do not add to them.

@@ -157,8 +157,9 @@ def _explain_compiled(module: Any) -> Report:
     if not isinstance(module, nn.Module):
         raise ValueError("explain(function) needs the function's inputs: explain(function, *inputs)")
     notes = tuple(f"graph break: {reason}" for reason in dict.fromkeys(_breaks.get(module, ())))
-    if module in _compressed:
-        return Report(tuple(graph.report for graph in _compressed[module]), notes)
+    compressed = [_compressed[part] for part in module.modules() if part in _compressed]  # an encoder, or inside DDP
+    if compressed:
+        return Report(tuple(graph.report for reports in compressed for graph in reports), notes)
     graphs: list[LastRun] = []
     for tensor in [*module.parameters(), *module.buffers()]:
         graphs += [g for g in _compiled.get(tensor, []) if not any(g is known for known in graphs)]

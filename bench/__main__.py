@@ -31,10 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"only these of {', '.join(VARIANTS)}; others keep their earlier results",
     )
     parser.add_argument("--data", nargs="+", default=[], help="only these graphs, in cases that have several")
-    parser.add_argument("--models", nargs="+", default=[], choices=list(ZOO), metavar="model", help="models: only these")
-    parser.add_argument("--size", default="small", choices=["tiny", "small", "arxiv"], help="models: of graph and layers")
+    parser.add_argument(
+        "--models", nargs="+", default=[], choices=list(ZOO), metavar="model", help="models: only these"
+    )
+    parser.add_argument(
+        "--size", default="small", choices=["tiny", "small", "arxiv"], help="models: of graph and layers"
+    )
     parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="the same as --size tiny")
-    parser.add_argument("--sections", nargs="+", default=[], choices=SECTIONS, metavar="section", help="gpu: only these")
+    parser.add_argument(
+        "--sections", nargs="+", default=[], choices=SECTIONS, metavar="section", help="gpu: only these"
+    )
     parser.add_argument("--device", help="gpu: the device, cuda by default")
     parser.add_argument("--budget", type=float, default=420.0, help="gpu: seconds after which nothing new is begun")
     parser.add_argument("--steps", type=int, help="timed steps per variant")

@@ -16,7 +16,7 @@ def mlp(i: int, o: int) -> nn.Sequential:
 
 
 class GatedGCN(nn.Module):
-    """Residual gated layers on edge features, BatchNorm, ReLU and a sum with each layer's input (Bresson, Laurent 2017)."""
+    """Gated layers on edge features, BatchNorm, ReLU and a sum with each layer's input (Bresson and Laurent, 2017)."""
 
     def __init__(self, features: int, edge_features: int, classes: int, hidden: int, layers: int) -> None:
         super().__init__()
@@ -82,6 +82,8 @@ class PairsWithin(nn.Module):
 
     edge_index: [2, pairs], as a radius graph would give it for the one batch that is trained on.
     """
+
+    edge_index: Tensor
 
     def __init__(self, edge_index: Tensor) -> None:
         super().__init__()

@@ -116,7 +116,8 @@ def alternate(
     """Seconds per step of each variant beside the reference's in the same minutes.
 
     Two processes live at a time; they take steps in turn, so that whatever else the machine does falls on both. The
-    ratio is that of the medians of one pairing; a variant that fails has {"error": text} instead. settings: more environment variables of a variant's process.
+    ratio is that of the medians of one pairing; a variant that fails has {"error": text} instead. settings: more
+    environment variables of a variant's process.
     """
     results: dict[str, dict[str, Any]] = {}
     with Process(workload, reference, {**TIMING_ALLOCATOR, **settings(reference)}) as first:

@@ -24,6 +24,7 @@ from bench.workload import Prepare
 class Variant:
     """name: on the command line and in tables. gradient_error: the largest relative error of the gradients, against
     eager ones without dropout, at which the variant still counts as right. checkpointed: the model recomputes by layer.
+    compiled: Inductor makes code of it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Variant:
     prepare: Prepare
     gradient_error: float
     checkpointed: bool = False
+    compiled: bool = True
 
 
 VARIANTS: dict[str, Variant] = {}
@@ -42,18 +44,18 @@ NOISY = float(
 
 
 def variant(
-    name: str, note: str, gradient_error: float = EXACT, checkpointed: bool = False
+    name: str, note: str, gradient_error: float = EXACT, checkpointed: bool = False, compiled: bool = True
 ) -> Callable[[Prepare], Prepare]:
     """Registers the decorated function as a variant."""
 
     def register(prepare: Prepare) -> Prepare:
-        VARIANTS[name] = Variant(name, note, prepare, gradient_error, checkpointed)
+        VARIANTS[name] = Variant(name, note, prepare, gradient_error, checkpointed, compiled)
         return prepare
 
     return register
 
 
-@variant("eager", "no compiler")
+@variant("eager", "no compiler", compiled=False)
 def _eager(model: nn.Module) -> Callable[..., Tensor]:
     return model
 

@@ -43,8 +43,9 @@ class Worker:
 
     def start(self, workload: Described, name: str, warm_up: int) -> dict[str, Any]:
         torch.set_num_threads(workload.threads)
-        _load_compiler()
         chosen = VARIANTS[name]
+        if chosen.compiled:
+            _load_compiler()
         training = workload.training(chosen.prepare, chosen.checkpointed)
         batches = range(len(training.batches))
         # A round is one step on every batch: the first one compiles all that sizes that change ask for.

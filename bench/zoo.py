@@ -199,7 +199,9 @@ def _rgcn(size: Size, dropout: float, checkpointed: bool) -> Problem:
     )
 
 
-@_model("sampled", "SAGEConv, 2 layers of 256, BatchNorm, dropout 0.5, batches of NeighborLoader of changing sizes", 0.5)
+@_model(
+    "sampled", "SAGEConv, 2 layers of 256, BatchNorm, dropout 0.5, batches of NeighborLoader of changing sizes", 0.5
+)
 def _sampled(size: Size, dropout: float, checkpointed: bool) -> Problem:
     x, edge_index, y = _graph(size)
     model = models.build(
@@ -215,7 +217,10 @@ def _loss_of_seeds(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits[: y.shape[0]], y)
 
 
-@_model("molecules", "GINEConv and a virtual node, 4 layers, half as wide, BatchNorm, batches of molecules of changing sizes")
+@_model(
+    "molecules",
+    "GINEConv and a virtual node, 4 layers, half as wide, BatchNorm, batches of molecules of changing sizes",
+)
 def _molecules(size: Size, dropout: float, checkpointed: bool) -> Problem:
     model = networks.VirtualNodeGINE(ATOM_TYPES, BOND_TYPES, size.hidden // 2, layers=4)
     return Problem(model, [_molecule_batch(size.molecules) for _ in range(BATCHES)])

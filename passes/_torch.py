@@ -211,15 +211,17 @@ def compile_in_place(model: torch.nn.Module, **options: Any) -> Any:
     Returns the compiled function.
 
     Those are called from a function of ours. Each gets a code object of its own, since Dynamo counts recompiles, and
-    keeps what it compiled, by code object. `_compiled_call_impl` is what `nn.Module.compile` sets (2.0 to 2.13).
+    keeps what it compiled, by code object. So does every model where torch cannot tell the models of a class apart
+    (before 2.13). `_compiled_call_impl` is what `nn.Module.compile` sets (2.0 to 2.14).
     """
-    if type(model).forward.__module__.partition(".")[0] != "torch":
+    # A graph module's forward, such as that of to_hetero, is generated and belongs to no module.
+    of_torch = (type(model).forward.__module__ or "").partition(".")[0] == "torch"
+    if not of_torch and "isolate_recompiles" in options:
         model.compile(**options)
         return model._compiled_call_impl
-    call = model._call_impl
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
+        return model._call_impl(*args, **kwargs)
 
     own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
     model._compiled_call_impl = torch.compile(own, **options)  # type: ignore[assignment]

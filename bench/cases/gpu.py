@@ -1,7 +1,7 @@
 """What the compressor does on a GPU, in one short run: its tests, its kernels against a copy, and training steps.
 
-Every figure is written as soon as it is there, the most telling ones first; what no longer fits into the time is left out,
-and said to be. `--device cpu --tiny` tries the case itself.
+Every figure is written as soon as it is there, the most telling ones first; what no longer fits into the time is left
+out, and said to be. `--device cpu --tiny` tries the case itself.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ class Run:
     def left(self) -> float:
         return self.options.budget - (time.monotonic() - self.start)
 
+    def runs(self, usual: int) -> int:
+        """How often to time what is timed."""
+        return self.options.steps or (2 if self.tiny else usual)
+
     def record(self, section: str, **figures: Any) -> None:
         self.rows.append({"section": section, **figures})
         shown = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
@@ -77,7 +81,10 @@ class Run:
                 torch.cuda.empty_cache()
 
 
-@case("gpu", "on a CUDA device: the tests for it, kernels against a copy, steps of SAGE, GAT and GCN, ogbn-products' shape")
+@case(
+    "gpu",
+    "on a CUDA device: the tests for it, kernels against a copy, steps of SAGE, GAT and GCN, ogbn-products' shape",
+)
 def run(options: Options) -> Row:
     device = options.device or "cuda"
     if device == "cuda" and not torch.cuda.is_available():
@@ -117,13 +124,13 @@ def _tests(state: Run) -> None:
 
 
 def _milliseconds(run: Callable[[], object], device: str, runs: int = 15) -> float:
-    for _ in range(3):
+    for _ in range(2):
         run()
     return 1e3 * statistics.median(seconds(run, device) for _ in range(runs))
 
 
 def _kernels(state: Run) -> None:
-    rows = 4_096 if state.tiny else 4 * 169_344
+    rows = 512 if state.tiny else 4 * 169_344
     if state.device == "cuda":
         x = torch.randn(2**28, device="cuda")
         y = torch.empty_like(x)
@@ -137,7 +144,7 @@ def _kernels(state: Run) -> None:
                 named = {"width": width, "dtype": str(dtype)[6:], "bits": fmt.bits, "block": fmt.block}
 
                 def quantise(x: Tensor = x, fmt: BlockFormat = fmt, named: Row = named) -> None:
-                    state.record("kernels", **named, **_codec(x, fmt, state.device))
+                    state.record("kernels", **named, **_codec(x, fmt, state.device, state.runs(15)))
 
                 state.attempt(quantise, "kernels", ENOUGH["kernels"], **named)
     state.attempt(lambda: _bits(state, rows), "kernels", ENOUGH["kernels"], op="pack_bits")
@@ -149,7 +156,7 @@ def _formats() -> Iterator[BlockFormat]:
             yield BlockFormat(bits, block, "variance-minimising" if bits in (2, 4) else "uniform", torch.bfloat16)
 
 
-def _codec(x: Tensor, fmt: BlockFormat, device: str) -> Row:
+def _codec(x: Tensor, fmt: BlockFormat, device: str, runs: int) -> Row:
     """Encoding and decoding in times of a copy's speed; `of_bandwidth`: bytes moved in a second, of a copy's."""
     ops, size = torch.ops.actcompile, list(x.shape)
     seed = ops.draw_seed(1, x.device)
@@ -158,9 +165,9 @@ def _codec(x: Tensor, fmt: BlockFormat, device: str) -> Row:
     restored = ops.dequantize(*encoded, size, x.dtype, *fields)
     error = float((restored.float() - x.float()).norm() / x.float().norm())
     y = torch.empty_like(x)
-    copy = _milliseconds(lambda: y.copy_(x), device)
-    encode = _milliseconds(lambda: ops.quantize(x, seed, 0, *fields, fmt.metadata, fmt.words), device)
-    decode = _milliseconds(lambda: ops.dequantize(*encoded, size, x.dtype, *fields), device)
+    copy = _milliseconds(lambda: y.copy_(x), device, runs)
+    encode = _milliseconds(lambda: ops.quantize(x, seed, 0, *fields, fmt.metadata, fmt.words), device, runs)
+    decode = _milliseconds(lambda: ops.dequantize(*encoded, size, x.dtype, *fields), device, runs)
     moved = (x.nbytes + sum(t.nbytes for t in encoded)) / (2 * x.nbytes)
     return {
         "copy_ms": copy,
@@ -175,16 +182,16 @@ def _codec(x: Tensor, fmt: BlockFormat, device: str) -> Row:
 
 
 def _bits(state: Run, rows: int) -> None:
-    ops = torch.ops.actcompile
+    ops, runs = torch.ops.actcompile, state.runs(15)
     mask = torch.rand(rows, 256, device=state.device) > 0.5
     packed, out = ops.pack_bits(mask, 32), torch.empty_like(mask)
     state.record(
         "kernels",
         op="pack_bits",
         correct=torch.equal(ops.unpack_bits(packed, list(mask.shape)), mask),
-        copy_ms=_milliseconds(lambda: out.copy_(mask), state.device),
-        encode_ms=_milliseconds(lambda: ops.pack_bits(mask, 32), state.device),
-        decode_ms=_milliseconds(lambda: ops.unpack_bits(packed, list(mask.shape)), state.device),
+        copy_ms=_milliseconds(lambda: out.copy_(mask), state.device, runs),
+        encode_ms=_milliseconds(lambda: ops.pack_bits(mask, 32), state.device, runs),
+        decode_ms=_milliseconds(lambda: ops.unpack_bits(packed, list(mask.shape)), state.device, runs),
     )
 
 
@@ -233,7 +240,7 @@ def _step(state: Run, section: str, workload: Brought, name: str) -> None:
             variant=name,
             saved_bytes=saved,
             peak_bytes=peak,
-            step_ms=_milliseconds(training.step, state.device, state.options.steps or 10),
+            step_ms=_milliseconds(training.step, state.device, state.runs(10)),
             first_step_seconds=first,
         )
 

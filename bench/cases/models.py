@@ -43,9 +43,13 @@ def run(options: Options) -> Result:
     known = earlier(options.out, file, settings).get("models", {})
     content: Result = {"settings": settings, "models": known}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=options.console, transient=True) as progress, tempfile.TemporaryDirectory() as folder:
+    with (
+        Progress(*columns, console=options.console, transient=True) as progress,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         task = progress.add_task("")
-        headers = _precompiled_headers(Path(folder))
+        headers = Path(folder) / "headers"
+        _precompile_headers(headers)
         for name in models:
 
             def tick(what: str, name: str = name) -> None:
@@ -61,17 +65,13 @@ def run(options: Options) -> Result:
     return content | {"file": file, "correct": correct}
 
 
-def _precompiled_headers(folder: Path) -> Path:
-    """Inductor's cache of a trivial graph: with it, a first compile is that of the model, not of torch's headers."""
+def _precompile_headers(cache: Path) -> None:
+    """Has Inductor compile a trivial graph there: a first compile is then that of the model, not of torch's headers."""
     program = "import torch; torch.compile(lambda x: x.sin() + 1)(torch.ones(8))"
-    cache = folder / "headers"
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {CACHE: str(cache)})
-    return cache
 
 
-def _measure(
-    workload: Brought, variants: list[str], steps: int, headers: Path, tick: Tick
-) -> dict[str, Result]:
+def _measure(workload: Brought, variants: list[str], steps: int, headers: Path, tick: Tick) -> dict[str, Result]:
     tick("exact gradients")
     with Process(replace(workload, dropout=False), "eager", warm_up=0) as process:
         exact = process.gradients([0])[0]
@@ -81,7 +81,7 @@ def _measure(
         if REFERENCE in variants and results[REFERENCE]["correct"]:
             timed = alternate(workload, REFERENCE, sound, steps, lambda n: tick(f"{n}, warm"), caches)
             for name, timing in timed.items():
-                results[name] |= _again(timing)
+                results[name] |= _again(timing, VARIANTS[name].compiled)
     return results
 
 
@@ -96,13 +96,12 @@ def _caches(headers: Path, variants: list[str]) -> Iterator[Callable[[str], Mapp
 
 def _first(workload: Brought, name: str, cache: Mapping[str, str], exact: list[Tensor], tick: Tick) -> Result:
     """A process that finds nothing compiled: compile time, bytes, peak; and the gradients of one step."""
-    compiled = name != "eager"
     try:
         tick(f"{name}, compiling")
         with Process(workload, name, cache) as process:
             first, second = process.started["warm_up_seconds"]
             result: Result = {
-                "cold_compile_seconds": first - second if compiled else None,
+                "cold_compile_seconds": first - second if VARIANTS[name].compiled else None,
                 "saved_bytes": process.ask({"do": "saved"})["bytes"],
                 "reported_bytes": process.ask({"do": "reported"})["bytes"] if name in OURS else None,
                 "peak_bytes": process.ask({"do": "peak"})["bytes"],
@@ -118,12 +117,12 @@ def _first(workload: Brought, name: str, cache: Mapping[str, str], exact: list[T
     return result | {"gradient_error": error, "correct": error <= VARIANTS[name].gradient_error}
 
 
-def _again(timing: Result) -> Result:
+def _again(timing: Result, compiled: bool) -> Result:
     """A process that finds all compiled, and its steps."""
     if "error" in timing:
         return timing | {"correct": False}
     first, second = timing.pop("warm_up_seconds")
-    return timing | {"warm_compile_seconds": first - second}
+    return timing | {"warm_compile_seconds": first - second if compiled else None}
 
 
 def _targets(model: str, results: dict[str, Result]) -> list[Result]:
@@ -152,7 +151,7 @@ def _print(options: Options, models: dict[str, Result]) -> None:
                 variant,
                 number(r["gradient_error"], "{:.1e}") + ("" if r["correct"] else " WRONG"),
                 number(r["cold_compile_seconds"], "{:.1f}"),
-                number(r.get("warm_compile_seconds"), "{:.1f}") if variant != "eager" else "",
+                number(r.get("warm_compile_seconds"), "{:.1f}"),
                 megabytes(r["saved_bytes"]),
                 "" if r["reported_bytes"] is None else megabytes(r["reported_bytes"]),
                 megabytes(r["peak_bytes"]),

@@ -17,13 +17,13 @@ from bench.registry import CASES, Options
 from bench.results import earlier, environment, write
 from bench.trials import Record, Trial, runs, select
 from bench.variants import VARIANTS
-from bench.workload import Training, Workload
+from bench.workload import Workload
 
 TINY = Workload(nodes=200, edges=900, features=8, classes=3, hidden=16, threads=1)
 
 
 def test_a_worker_trains_the_same_model_as_this_process() -> None:
-    exact = Training(replace(TINY, dropout=0.0), VARIANTS["eager"].prepare).gradients(0)
+    exact = replace(TINY, dropout=0.0).training(VARIANTS["eager"].prepare).gradients(0)
     with Process(replace(TINY, dropout=0.0), "eager", warm_up=0) as process:
         first, second = process.gradients([0, 1])
     for ours, again, wanted in zip(first, second, exact, strict=True):
