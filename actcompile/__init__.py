@@ -13,6 +13,7 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
 from ._calibrate import calibrate
 from ._check import check
 from ._check_report import CheckReport
+from ._sparse_inputs import edges_of, traceable
 from .api import backend, compress, explain
 from .config import Config, bits, cast, exact, iexact, keep, lossless, low_rank, prune, sample_rows, smallest
 from .report import Report
@@ -25,6 +26,7 @@ __all__ = [
     "bits",
     "calibrate",
     "cast",
+    "edges_of",
     "check",
     "compress",
     "exact",
@@ -36,5 +38,6 @@ __all__ = [
     "prune",
     "sample_rows",
     "smallest",
+    "traceable",
 ]
 __version__ = "0.1.0"

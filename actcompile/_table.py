@@ -65,10 +65,13 @@ def renderable(report: "Report", roomy: bool | None = None) -> Group:
 
 
 def heading(report: "Report", number: int) -> str:
-    """`graph 0 of 2, compiled by inductor: 16.40 MB -> 1.46 MB`."""
+    """`graph 0 of 2, compiled by inductor: 16.40 MB -> 1.46 MB`, and the sizes that this is for; in eval mode it says so."""
     graph = report.graphs[number]
     change = f"{human(graph.bytes_before)} -> {human(graph.bytes_after)}"
-    return f"graph {number} of {len(report.graphs)}, compiled by {clean(graph.inner)}: {change}"
+    mode = "" if graph.training else ", in eval mode"
+    sizes = [f"{name} {'at most' if name in graph.bounds else '='} {size:,}" for name, size in graph.sizes.items()]
+    at = f", with {', '.join(map(clean, sizes))}" if sizes else ""
+    return f"graph {number} of {len(report.graphs)}, compiled by {clean(graph.inner)}{mode}: {change}{at}"
 
 
 def totals(report: "Report") -> str:

@@ -41,6 +41,8 @@ from actcompile.passes._torch import (
     pytree,
 )
 
+from ._capture import capture_sizes
+
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
 
 _NO_VALUE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
@@ -84,7 +86,7 @@ def trace(
         args: its positional inputs: real, fake or meta tensors of any size, in any nesting that can be deep-copied.
             A meta tensor stands for one on the device of the model's parameters.
         kwargs: its keyword inputs.
-        backend: a ``torch.compile`` backend. What it returns is not called.
+        backend: a ``torch.compile`` backend. What it returns is called with fake tensors.
         dynamic: as in ``torch.compile``.
 
     Raises:
@@ -98,16 +100,17 @@ def trace(
     copied, args, kwargs = _without_data((model, tuple(args), dict(kwargs or {})), mode)
     graphs = 0
 
+    @capture_sizes
     def traced(gm: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
         nonlocal graphs
-        backend(gm, example_inputs, **options)
+        compiled = backend(gm, example_inputs, **options)
         graphs += 1
 
         changing = _changing_dims(gm)
 
         def run(*inputs: Any) -> Any:
             with mode:
-                outputs = gm.forward(*inputs)
+                outputs = compiled(*inputs)
             for tensor, dims in zip(outputs, changing, strict=True):
                 if dims:  # as AOTAutograd's runtime does, so that the next graph has dynamic sizes too
                     tensor._dynamo_propagated_dynamic_indices = dims.copy()

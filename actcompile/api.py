@@ -11,6 +11,10 @@ from actcompile.passes import _torch
 from actcompile.passes.plan import matches
 
 from . import _trace
+from ._call import noted
+from ._capture import capture_sizes
+from ._last_run import LastRun
+from ._sparse_inputs import accept_sparse, with_stand_ins
 from .backend import analyse, compile_graph
 from .config import Config
 from .report import GraphReport, Report
@@ -18,8 +22,8 @@ from .report import GraphReport, Report
 Module = TypeVar("Module", bound=nn.Module)
 
 _configs: "weakref.WeakKeyDictionary[nn.Module, Config]" = weakref.WeakKeyDictionary()
-_compressed: "weakref.WeakKeyDictionary[nn.Module, list[GraphReport]]" = weakref.WeakKeyDictionary()
-_compiled = WeakTensorKeyDictionary()  # parameter or buffer -> the reports of the graphs that take it
+_compressed: "weakref.WeakKeyDictionary[nn.Module, list[LastRun]]" = weakref.WeakKeyDictionary()
+_compiled = WeakTensorKeyDictionary()  # parameter or buffer -> the graphs that take it
 
 
 def compress(
@@ -55,14 +59,16 @@ def compress(
     if isinstance(model, _torch.OptimizedModule):
         raise TypeError("model is compiled already; pass the module itself to compress, before torch.compile")
     _check_rules(model, made)
-    reports: list[GraphReport] = []
+    graphs: list[LastRun] = []
     # Isolated: models of one class share code objects, and with them a limit of eight compilations.
-    options = {"backend": _backend_with(made, reports), "dynamic": dynamic, **_trace.isolated()}
+    options = {"backend": _backend_with(made, graphs), "dynamic": dynamic, **_trace.isolated()}
     _torch.compile_in_place(model, **options)
-    _configs[model], _compressed[model] = made, reports
+    model._compiled_call_impl = accept_sparse(model, model._compiled_call_impl)  # type: ignore[assignment, arg-type]
+    _configs[model], _compressed[model] = made, graphs
     return model
 
 
+@capture_sizes
 def backend(gm: fx.GraphModule, inputs: list[Any], *, options: dict[str, Any] | None = None, **_: Any) -> Any:
     """The backend of `torch.compile(model, backend="actcompile", options={...})`; options are fields of `Config`."""
     return _compile(gm, inputs, Config.make(**(options or {})), [])
@@ -78,19 +84,23 @@ def _check_rules(model: nn.Module, config: Config) -> None:
             )
 
 
-def _backend_with(config: Config, reports: list[GraphReport]) -> Callable[..., Any]:
+def _backend_with(config: Config, graphs: list[LastRun]) -> Callable[..., Any]:
+    @capture_sizes
     def actcompile(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        return _compile(gm, inputs, config, reports)
+        return _compile(gm, inputs, config, graphs)
 
     return actcompile
 
 
-def _compile(gm: fx.GraphModule, inputs: list[Any], config: Config, all_reports: list[GraphReport]) -> Any:
+def _compile(gm: fx.GraphModule, inputs: list[Any], config: Config, graphs: list[LastRun]) -> Any:
     compiled, reports = compile_graph(gm, inputs, config)
-    all_reports += reports
+    made = [LastRun(report) for report in reports]
+    for graph in made:
+        compiled = graph.watch(compiled)
+    graphs += made
     for tensor in [*inputs, *gm.parameters(), *gm.buffers()]:
         if isinstance(tensor, nn.Parameter) or getattr(tensor, "_dynamo_static_input_type", None):
-            _compiled.setdefault(tensor, []).extend(reports)
+            _compiled.setdefault(tensor, []).extend(made)
     return compiled
 
 
@@ -123,13 +133,17 @@ def explain(
     known = _configs.get(module) if isinstance(module, nn.Module) else None
     made = Config.make(config or known, **(options or {}))
     graphs: list[GraphReport] = []
+    (inputs, keywords), _ = with_stand_ins(module, (inputs, keywords))
 
     def trace(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        graphs.extend(analyse(gm, example_inputs, made))
-        return gm.forward
+        graphs.extend(found := analyse(gm, example_inputs, made))
+        kept = [(report.kept_inputs, report.kept_outputs) for report in found]
+        return noted(gm.forward, *(kept[0] if kept else ((), ())))
 
     result = _trace.trace(module, inputs, keywords, trace, dynamic=dynamic)
     notes = [f"graph break: {reason}" for reason in result.breaks]
+    if isinstance(module, nn.Module) and not module.training and made.when == "training":
+        notes.append("the model is in eval mode, where gradients are exact; after model.train() this shows training")
     notes += [f"sizes of {op} depend on data and were taken at their largest" for op in result.estimated]
     if result.stopped:
         notes.append(f"the trace ended here: {result.stopped}")
@@ -140,8 +154,8 @@ def _explain_compiled(module: Any) -> Report:
     if not isinstance(module, nn.Module):
         raise ValueError("explain(function) needs the function's inputs: explain(function, *inputs)")
     if module in _compressed:
-        return Report(tuple(_compressed[module]))
-    graphs: list[GraphReport] = []
+        return Report(tuple(graph.report for graph in _compressed[module]))
+    graphs: list[LastRun] = []
     for tensor in [*module.parameters(), *module.buffers()]:
         graphs += [g for g in _compiled.get(tensor, []) if not any(g is known for known in graphs)]
-    return Report(tuple(graphs))
+    return Report(tuple(graph.report for graph in graphs))

@@ -25,11 +25,14 @@ from actcompile.passes.reach import reach
 from actcompile.passes.rebuild import rebuild
 from actcompile.passes.replay import replay
 from actcompile.passes.rewrite import rewrite
+from actcompile.passes.sizes import sizes
 from actcompile.passes.split import Split
 from actcompile.passes.standardise import offer
 from actcompile.passes.verify import verify
+from actcompile.passes.views import views
 
 from . import _log, _report_cache
+from ._call import Situation, guard_on_mode, noted, situation
 from .config import Config
 from .report import GraphReport, Spared, record
 
@@ -41,6 +44,7 @@ def partition(
     inputs: Sequence[object],
     *,
     config: Config,
+    situation: Situation = Situation(),  # noqa: B008  frozen
     num_fwd_outputs: int,
     only: frozenset[str] | None = None,
     **options: Any,
@@ -51,41 +55,49 @@ def partition(
         joint, inputs, num_fwd_outputs, options: as torch's `min_cut_rematerialization_partition` takes them.
         config: how activations are kept.
         only: where given, the keys of the activations that may be rounded; all others are exact.
+        situation: which part of a call the graph is.
     """
-    split = cut(joint, inputs, num_fwd_outputs, **options)
+    split = cut(joint, inputs, num_fwd_outputs, situation, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
     saved_by_torch = find(split)
-    chosen, spared = decide(split, config)
+    chosen, spared = decide(split, config.policy(situation.training), config)
     if only is not None:
         chosen = chosen.rounding_only(only)
     reached = reach(split)
     rewrite(split, chosen)
+    split.hand_on(split.symbols(saved_by_torch).values())
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, spared, reached, config.inner)
+    report = record(split, chosen, saved_by_torch, spared, reached, config.inner, situation.training)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
 
 
-def cut(joint: fx.GraphModule, inputs: Sequence[object], num_fwd_outputs: int, **options: Any) -> Split:
+def cut(
+    joint: fx.GraphModule,
+    inputs: Sequence[object],
+    num_fwd_outputs: int,
+    situation: Situation = Situation(),  # noqa: B008
+    **options: Any,
+) -> Split:
     """Partitions a joint graph as torch does."""
+    sizes(joint.graph)
     names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
     parameters = [names[i] for i in options.get("static_lifetime_input_indices") or ()]
     forward, backward = _torch.min_cut_rematerialization_partition(
         joint, inputs, num_fwd_outputs=num_fwd_outputs, **options
     )
-    return Split(forward, backward, num_fwd_outputs, parameters)
+    return Split(forward, backward, num_fwd_outputs, parameters, situation.crossing, situation.handed_on)
 
 
-def decide(split: Split, config: Config) -> tuple[Plan, list[Spared]]:
+def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spared]]:
     """Chooses how each saved activation is kept; nothing of the gradients is lost yet.
 
     Changes what is saved: masks that act together become one, and what backward can do without is not saved; the latter
     is returned, too.
     """
-    policy = config.policy()
 
     def kind(node: fx.Node) -> Policy:
         return policy.for_module(module_path(node))
@@ -97,8 +109,8 @@ def decide(split: Split, config: Config) -> tuple[Plan, list[Spared]]:
         floats = [a for a in find(split) if a.refusal is None and a.value.is_floating_point()]
         return bias(split.backward.graph, [a.placeholder for a in floats])
 
+    spared: list[Spared] = [*views(split, find(split), lambda n: policy.for_module(module_path(n)), policy.min_bytes)]
     masks(split, kept=[a.placeholder for a in find(split) if not policy.for_module(a.module).lossless])
-    spared: list[Spared] = []
     if config.rebuild:
         spared += commute(split, [a for a in wanted() if kind(a.node).bits is not None], kind)
         spared += rebuild(split, wanted(), dependences(), kind)
@@ -144,21 +156,27 @@ def source_hash() -> str:
 
 
 class Partitioner(_torch.CustomPartitionerFn):
-    """`partition` as Inductor takes it; pickled into the compile caches' key, so it holds the config and no more."""
+    """`partition` as Inductor takes it; pickled into the compile caches' key, so it holds what decides and no more."""
 
-    def __init__(self, config: Config, only: frozenset[str] | None = None) -> None:
-        self.config, self.only = config, only
+    def __init__(
+        self,
+        config: Config,
+        situation: Situation = Situation(),  # noqa: B008
+        only: frozenset[str] | None = None,
+    ) -> None:
+        self.config, self.situation, self.only = config, situation, only
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Partitioner, (self.config, self.only)
+        return Partitioner, (self.config, self.situation, self.only)
 
     def uuid(self) -> tuple[str, ...]:
-        return "actcompile", source_hash(), repr(self.config), repr(self.only and sorted(self.only))
+        only = repr(self.only and sorted(self.only))
+        return "actcompile", source_hash(), repr(self.config), repr(self.situation), only
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return partition(gm, joint_inputs, config=self.config, only=self.only, **kwargs)
+        return partition(gm, joint_inputs, config=self.config, situation=self.situation, only=self.only, **kwargs)
 
 
 def compile_graph(
@@ -170,25 +188,32 @@ def compile_graph(
     Raises:
         RuntimeError: the machine lacks a compiler that Inductor needs; the message says what to install.
     """
+    partitioner = Partitioner(config, situation(gm, inputs), only)
+    guard_on_mode()
     if config.inner == "aot_eager":
         compiler = _torch.aot_autograd(
             fw_compiler=_torch.boxed_nop,
             bw_compiler=_torch.boxed_nop,
-            partition_fn=functools.partial(partition, config=config, only=only),
+            partition_fn=partitioner,
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,
         )
         with recording() as reports:
-            return compiler(gm, inputs), reports
+            return _noted(compiler(gm, inputs), reports), reports
     check_compilers(inputs)
     with recording() as reports:
-        patches = {"custom_partitioner_fn": Partitioner(config, only)}
-        compiled: Any = _torch.compile_fx(gm, inputs, config_patches=patches)
+        compiled: Any = _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": partitioner})
     if not reports:  # from the cache, where the report is too, or a graph without backward
         cached = _report_cache.attached(compiled)
         if cached is not None:
             reports = [GraphReport.from_dict(cached)]
-    return compiled, reports
+    return _noted(compiled, reports), reports
+
+
+def _noted(compiled: Callable[..., Any], reports: list[GraphReport]) -> Callable[..., Any]:
+    """`compiled`, with word of what it saves left to graphs that are compiled later in the same call."""
+    kept = [report for report in reports if report.kept_inputs or report.kept_outputs]
+    return noted(compiled, kept[0].kept_inputs, kept[0].kept_outputs) if kept else compiled
 
 
 def check_compilers(inputs: Sequence[Any]) -> None:
@@ -214,11 +239,12 @@ def check_compilers(inputs: Sequence[Any]) -> None:
 
 def analyse(gm: fx.GraphModule, inputs: list[Any], config: Config) -> list[GraphReport]:
     """Does to a graph what `compile_graph` does up to the rewritten graphs, and compiles nothing."""
+    partitioner = Partitioner(config, situation(gm, inputs))
 
     def split(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         if config.inner == "aot_eager":
-            return partition(joint, joint_inputs, config=config, **kwargs)
-        return _torch.inductor_partition(joint, joint_inputs, Partitioner(config), **kwargs)
+            return partitioner(joint, joint_inputs, **kwargs)
+        return _torch.inductor_partition(joint, joint_inputs, partitioner, **kwargs)
 
     compiler = _torch.aot_autograd(
         fw_compiler=_torch.boxed_nop,

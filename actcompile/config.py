@@ -83,7 +83,7 @@ class Config:
     Args:
         bits: bits per element of floats whose rounding leaves every gradient unbiased: 1, 2, 4, 8, or None (exact).
         nonlinear_bits: the same for floats whose rounding biases some gradient; "auto" gives `bits` where the bias is
-            averaged over 1024 elements or more (BatchNorm's input), 4 where over 64 or more, else 8.
+            the rounding's variance over 1024 elements or more (BatchNorm's input), 4 where over 8 or more, else 8.
         block: elements that share a minimum and a maximum; fitted to each tensor's width.
         rows_per_block: instead of `block`: rows that share them (i-EXACT's G/R), as many as fit 1024 elements.
         projection: floats used linearly are first projected at random to one in `projection` columns (EXACT's D/R).
@@ -103,6 +103,8 @@ class Config:
         rules: from a pattern of module paths, such as "convs.0.*", to `keep()`, `lossless()` or `bits(8)`. A pattern
             also matches what is inside the module it names; the first match wins; "*" matches everything, also what the
             model computes outside its submodules.
+        when: floats are rounded where the compiled module is in "training" mode, as `model.training` has it, and stay exact
+            in eval mode, for forces or saliency maps; "always" rounds them in eval mode, too, to train a frozen model.
         inner: the compiler of the rewritten graphs: "inductor", or "aot_eager", which runs them as they are.
 
     Raises:
@@ -117,6 +119,7 @@ class Config:
     min_bytes: int = 16384
     rules: Mapping[str, Rule] | tuple[tuple[str, Rule], ...] = field(default=())
     inner: Inner = "inductor"
+    when: Literal["training", "always"] = "training"
     rows_per_block: int | None = None
     projection: int | None = None
     method: Rule | None = None
@@ -131,6 +134,7 @@ class Config:
         _one_of("levels", self.levels, ("auto", *LEVELS))
         _one_of("metadata", self.metadata, tuple(METADATA))
         _one_of("inner", self.inner, ("inductor", "aot_eager"))
+        _one_of("when", self.when, ("training", "always"))
         for name in ("rebuild", "standardise"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -178,8 +182,8 @@ class Config:
             config = PRESETS[preset]()
         return replace(config or cls(), **options)
 
-    def policy(self) -> Policy:
-        """The planner's view of this config."""
+    def policy(self, training: bool = True) -> Policy:
+        """The planner's view of this config, for a graph of a module that is in training mode or not."""
         base = Policy(
             bits=self.bits,
             nonlinear_bits=self.nonlinear_bits,
@@ -195,7 +199,15 @@ class Config:
         if self.method is not None:
             base = _with_rule(base, self.method)
         rules = tuple((pattern, _with_rule(base, rule)) for pattern, rule in dict(self.rules).items())
+        if not training and self.when == "training":
+            base, *others = (_exact(policy) for policy in (base, *(policy for _, policy in rules)))
+            rules = tuple((pattern, policy) for (pattern, _), policy in zip(rules, others, strict=True))
         return replace(base, rules=rules)
+
+
+def _exact(policy: Policy) -> Policy:
+    reason = 'the model is in eval mode: gradients are exact (when="always" rounds here, too)'
+    return replace(policy, bits=None, nonlinear_bits=None, method=None, exact=reason)
 
 
 def _with_rule(policy: Policy, rule: Rule) -> Policy:

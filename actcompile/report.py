@@ -1,22 +1,25 @@
 """What was done to each saved activation, as plain data: printed as a table, drawn, and kept as JSON."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
+from actcompile.passes import _torch
 from actcompile.passes.codecs import EXACT, UNBIASED, Keep, Recompute
 from actcompile.passes.commute import Commuted
 from actcompile.passes.find import SavedActivation
 from actcompile.passes.plan import Choice, Plan, is_constant
 from actcompile.passes.rebuild import Rebuilt
 from actcompile.passes.replay import Replayed
-from actcompile.passes.split import Split
+from actcompile.passes.split import Split, is_size, is_tensor, root
+from actcompile.passes.views import Viewed
 
-Spared = Commuted | Rebuilt | Replayed
+Spared = Commuted | Rebuilt | Replayed | Viewed
 """An activation that backward does without, and why."""
 
 
@@ -33,6 +36,7 @@ class Row:
         codec, reason: how it is kept, and why.
         averaged_over: the bias is the rounding's variance over so many elements, 1 for element by element; 0: none.
         reaches: positions of those of the graph's inputs whose gradients are computed from it.
+        formula_before, formula_after: these bytes in terms of the shapes' symbols, where they depend on such.
     """
 
     name: str
@@ -55,6 +59,17 @@ class Row:
     def key(self) -> str:
         """What names the activation: the module's path and the node's name, such as `convs.0/add`."""
         return f"{self.module}/{self.name}"
+    formula_before: str = ""
+    formula_after: str = ""
+
+    def at(self, sizes: Mapping[str, int]) -> "Row":
+        """The same row with the bytes that it has at these sizes."""
+        before, after = self.bytes_before, self.bytes_after
+        if self.formula_before and (value := _torch.evaluate(self.formula_before, sizes)) is not None:
+            before = value
+        if self.formula_after and (value := _torch.evaluate(self.formula_after, sizes)) is not None:
+            after = value
+        return replace(self, bytes_before=before, bytes_after=after)
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,16 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One compiled graph: its saved activations, and both rewritten graphs as code and as nodes."""
+    """One compiled graph: its saved activations, and both rewritten graphs as code and as nodes.
+
+    Attributes:
+        training: whether the module was in training mode; in eval mode nothing is rounded, unless the config asks.
+        kept_inputs, kept_outputs: positions of what came from before a graph break, or goes on behind one, and is saved
+            as it is: graphs that are given it later in the call pay nothing for it.
+        sizes: what the symbols in shapes stand for where bytes are counted.
+        bounds: those of them that depend on data, which no run has shown yet: they are at most so large.
+        handed_on: the sizes that forward hands to backward, in order.
+    """
 
     rows: tuple[Row, ...]
     forward: str
@@ -78,6 +102,25 @@ class GraphReport:
     forward_nodes: tuple[GraphNode, ...]
     backward_nodes: tuple[GraphNode, ...]
     inner: str
+    training: bool = True
+    kept_inputs: tuple[int, ...] = ()
+    kept_outputs: tuple[int, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+    bounds: tuple[str, ...] = ()
+    handed_on: tuple[str, ...] = ()
+
+    def at(self, sizes: Mapping[str, int]) -> "GraphReport":
+        """The same report with the bytes at other sizes, those of a run; what is not among them stays as it was."""
+        known = {name: size for name, size in sizes.items() if name in self.sizes}
+        if not known:
+            return self
+        merged = {**self.sizes, **known}
+        return replace(
+            self,
+            rows=tuple(row.at(merged) for row in self.rows),
+            sizes=merged,
+            bounds=tuple(name for name in self.bounds if name not in known),
+        )
 
     @property
     def bytes_before(self) -> int:
@@ -96,7 +139,8 @@ class GraphReport:
             key: tuple(GraphNode(**{**n, "inputs": tuple(n["inputs"])}) for n in data[key])
             for key in ("forward_nodes", "backward_nodes")
         }
-        return GraphReport(**{**data, "rows": rows, **nodes})
+        names = {key: tuple(data[key]) for key in ("kept_inputs", "kept_outputs", "bounds", "handed_on")}
+        return GraphReport(**{**data, "rows": rows, **nodes, **names})
 
 
 @dataclass(frozen=True)
@@ -177,6 +221,7 @@ def record(
     spared: Iterable[Spared],
     reached: Mapping[fx.Node, tuple[int, ...]],
     inner: str,
+    training: bool = True,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
 
@@ -187,11 +232,14 @@ def record(
     """
     without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
-    rows = [
-        _row(c, before.pop(c.activation.node.name, None), reached.get(c.activation.placeholder, ()))
-        for c in plan.choices
-    ]
+    pieces = {n.name for s in without.values() if isinstance(s, Viewed) for n in s.instead}
+    rows = []
+    for choice in plan.choices:
+        was = before.pop((name := choice.activation.node.name), None)
+        added = "" if was or name in pieces else _why_added(choice.activation)
+        rows.append(_row(choice, was, added, reached.get(choice.activation.placeholder, ())))
     rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
+    symbols = split.symbols(saved_before)
     return GraphReport(
         rows=tuple(sorted(rows, key=lambda r: -r.bytes_before)),
         forward=split.forward.print_readable(print_output=False, include_stride=False),
@@ -199,21 +247,29 @@ def record(
         forward_nodes=_nodes(split.forward.graph, _ours),
         backward_nodes=_nodes(split.backward.graph, _ours),
         inner=inner,
+        training=training,
+        kept_inputs=split.kept_inputs(),
+        kept_outputs=split.kept_outputs(),
+        sizes={name: _torch.size_hint(size) for name, size in symbols.items()},
+        bounds=tuple(name for name, size in symbols.items() if _torch.is_unbacked(size)),
+        handed_on=tuple(str(_torch.expression(n.meta["val"])) for n, _ in split.pairs if is_size(n)),
     )
 
 
-def _row(choice: Choice, before: SavedActivation | None, reaches: tuple[int, ...]) -> Row:
+def _row(choice: Choice, before: SavedActivation | None, added: str, reaches: tuple[int, ...]) -> Row:
     a = choice.activation
     rounded = choice.dependence if not isinstance(choice.codec, EXACT) else None
     return Row(
         **_facts(a),
         bytes_before=before.nbytes if before else 0,
         bytes_after=choice.nbytes,
+        formula_before=_formula(before) if before else "",
+        formula_after=_formula_after(choice),
         codec=str(choice.codec),
         biased=rounded.biased or not isinstance(choice.codec, UNBIASED) if rounded else None,
         through=(rounded.op or ("" if isinstance(choice.codec, UNBIASED) else "the codec")) if rounded else "",
         averaged_over=rounded.averaged_over if rounded else 0,
-        reason=choice.reason if before else f"{choice.reason}; {_why_added(a)}",
+        reason=f"{choice.reason}; {added}" if added else choice.reason,
         reaches=reaches,
     )
 
@@ -229,12 +285,42 @@ def _dropped(a: SavedActivation, spared: Spared | None) -> Row:
     if a.refusal is not None:
         codec, reason = str(Keep()), a.refusal
     elif spared is not None:
-        codec, reason = "drop" if isinstance(spared, Commuted) else str(Recompute()), spared.reason
+        codec = {Commuted: "drop", Viewed: "view"}.get(type(spared), str(Recompute()))
+        reason = spared.reason
     elif is_constant(a.node):
         codec, reason = "drop", "a constant: backward does without it"
     else:
         codec, reason = "drop", "backward asked only for a mask, which is saved instead"
-    return Row(**_facts(a), bytes_before=a.nbytes, bytes_after=0, codec=codec, biased=None, through="", reason=reason)
+    return Row(
+        **_facts(a),
+        bytes_before=a.nbytes,
+        bytes_after=0,
+        codec=codec,
+        biased=None,
+        through="",
+        reason=reason,
+        formula_before=_formula(a),
+    )
+
+
+def _formula(a: SavedActivation) -> str:
+    """The bytes of an activation that is kept, in symbols: those of the memory that it is a view of, or its share."""
+    base = root(a.node)
+    value = base.meta["val"] if is_tensor(base) else a.value
+    whole = math.prod(value.shape) * value.dtype.itemsize
+    if not a.nbytes or not (text := _torch.formula(whole)):
+        return ""
+    return text if a.nbytes == _torch.size_hint(whole) else f"({text})*{a.nbytes}//{_torch.size_hint(whole)}"
+
+
+def _formula_after(choice: Choice) -> str:
+    """The bytes of what is saved for an activation, in symbols; statistics by column do not depend on any."""
+    a = choice.activation
+    if isinstance(choice.codec, Keep):
+        return _formula(a)
+    encoded = choice.codec.nbytes(a.sizes, a.value.dtype)
+    text = _torch.formula(encoded)
+    return f"{text} + {choice.nbytes - _torch.size_hint(encoded)}" if text else ""
 
 
 def _facts(a: SavedActivation) -> dict[str, Any]:

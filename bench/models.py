@@ -41,6 +41,11 @@ def _sage(**_: object) -> Layer:
     return lambda i, o: gnn.SAGEConv(i, o)
 
 
+@_layer("sage_max")
+def _sage_max(**_: object) -> Layer:
+    return lambda i, o: gnn.SAGEConv(i, o, aggr="max")
+
+
 @_layer("gcn")
 def _gcn(**_: object) -> Layer:
     return lambda i, o: gnn.GCNConv(i, o)  # adds self-loops and norms inside forward: unbacked sizes when traced
@@ -106,18 +111,19 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.checkpointed = checkpointed
 
-    def _hidden(self, index: int, x: Tensor, edge_index: Tensor) -> Tensor:
-        return self.dropout(self.norms[index](self.convs[index](x, edge_index)).relu())
+    def _hidden(self, index: int, x: Tensor, edge_index: Tensor, *edges: Tensor) -> Tensor:
+        return self.dropout(self.norms[index](self.convs[index](x, edge_index, *edges)).relu())
 
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Tensor, *edges: Tensor) -> Tensor:
+        """edges: what the layers take beside `edge_index`, such as features or types of edges."""
         if self.encoder is not None:
             x = self.encoder(x)
         for i in range(len(self.norms)):
             if self.checkpointed and self.training:
-                x = checkpoint(self._hidden, i, x, edge_index, use_reentrant=False)
+                x = checkpoint(self._hidden, i, x, edge_index, *edges, use_reentrant=False)
             else:
-                x = self._hidden(i, x, edge_index)
-        return self.convs[-1](x, edge_index)
+                x = self._hidden(i, x, edge_index, *edges)
+        return self.convs[-1](x, edge_index, *edges)
 
     def reset_parameters(self) -> None:
         """Draws new parameters in place, with the default generator; a compiled graph of the model stays valid."""

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.workload import Workload
+from bench.workload import Described
 
 # Without these, page faults of freshly mapped memory take as long as the work itself and vary from step to step.
 TIMING_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -29,9 +29,13 @@ class WorkerFailed(RuntimeError):
 
 
 class Process:
-    """A worker process that trains `variant`; a context manager that ends it."""
+    """A worker process that trains `variant`; a context manager that ends it.
 
-    def __init__(self, workload: Workload, variant: str, allocator: dict[str, str] | None = None, warm_up: int = 2):
+    settings: environment variables of that process; of those about the allocator it has no others. warm_up: steps on
+    every batch before it answers.
+    """
+
+    def __init__(self, workload: Described, variant: str, settings: Mapping[str, str] | None = None, warm_up: int = 2):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
         self.variant = variant
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in close()
@@ -42,10 +46,11 @@ class Process:
             stderr=self._log,
             text=True,
             cwd=Path(__file__).resolve().parent.parent,
-            env=environment | (allocator or {}),
+            env=environment | dict(settings or {}),
         )
         try:
-            self.started = self.ask({"start": asdict(workload), "variant": variant, "warm_up": warm_up})
+            values, kind = asdict(workload), type(workload).__name__  # type: ignore[call-overload]
+            self.started = self.ask({"start": values, "kind": kind, "variant": variant, "warm_up": warm_up})
         except BaseException:
             self.close()
             raise
@@ -93,7 +98,7 @@ class Process:
         self.close()
 
 
-def memory(workload: Workload, variant: str) -> dict[str, Any]:
+def memory(workload: Described, variant: str) -> dict[str, Any]:
     """Saved bytes, the tensors they are made of, and the peak of a step, in a process with the default allocator."""
     with Process(workload, variant) as process:
         saved, peak = process.ask({"do": "saved"}), process.ask({"do": "peak"})
@@ -101,20 +106,25 @@ def memory(workload: Workload, variant: str) -> dict[str, Any]:
 
 
 def alternate(
-    workload: Workload, reference: str, others: Sequence[str], steps: int, tick: Callable[[str], None] = lambda _: None
+    workload: Described,
+    reference: str,
+    others: Sequence[str],
+    steps: int,
+    tick: Callable[[str], None] = lambda _: None,
+    settings: Callable[[str], Mapping[str, str]] = lambda _: {},
 ) -> dict[str, dict[str, Any]]:
     """Seconds per step of each variant beside the reference's in the same minutes.
 
     Two processes live at a time; they take steps in turn, so that whatever else the machine does falls on both. The
-    ratio is that of the medians of one pairing; a variant that fails has {"error": text} instead.
+    ratio is that of the medians of one pairing; a variant that fails has {"error": text} instead. settings: more environment variables of a variant's process.
     """
     results: dict[str, dict[str, Any]] = {}
-    with Process(workload, reference, TIMING_ALLOCATOR) as first:
+    with Process(workload, reference, {**TIMING_ALLOCATOR, **settings(reference)}) as first:
         every: list[float] = []
         for name in others:
             tick(name)
             try:
-                with Process(workload, name, TIMING_ALLOCATOR) as second:
+                with Process(workload, name, {**TIMING_ALLOCATOR, **settings(name)}) as second:
                     pairs = [
                         (first.ask({"do": "step"})["seconds"], second.ask({"do": "step"})["seconds"])
                         for _ in range(steps)

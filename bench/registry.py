@@ -15,7 +15,8 @@ class Options:
     """What the command line hands to every case.
 
     quick: a tiny problem that shows that the case works, its numbers mean nothing. variants, data: which of them to
-    run, all when empty. steps and seeds: None for the case's own number. out: the folder of results. recorded: of cases
+    run, all when empty. models, size: of the cases with models of the zoo. sections, device, budget in seconds: of the
+    case for a GPU. steps and seeds: None for the case's own number. out: the folder of results. recorded: of cases
     that keep a record of runs, only what is in it.
     """
 
@@ -23,6 +24,11 @@ class Options:
     quick: bool = False
     variants: Sequence[str] = ()
     data: Sequence[str] = ()
+    models: Sequence[str] = ()
+    size: str = "small"
+    sections: Sequence[str] = ()
+    device: str | None = None
+    budget: float = 420.0
     steps: int | None = None
     seeds: int | None = None
     recorded: bool = False

@@ -1,7 +1,8 @@
 """A process that trains one variant, one command a line: `python -m bench.worker` reads and writes JSON.
 
-Commands: {"start": workload, "variant": name, "warm_up": steps}, then any of "step", "saved", "peak", and
-{"gradients": seeds, "path": file}. Every answer is one line; an exception becomes {"error": text}.
+Commands: {"start": workload, "kind": its class, "variant": name, "warm_up": steps a batch}, then any of
+{"do": "step" | "saved" | "reported" | "peak"}, and {"gradients": seeds, "path": file}. Every answer is one line; an
+exception becomes {"error": text}.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from typing import Any
 
 import torch
 
+import actcompile
 from bench.measure import Unmeasurable, peak_memory, saved_tensors, seconds
 from bench.variants import VARIANTS
-from bench.workload import Training, Workload
+from bench.workload import Described, Training, Workload
+from bench.zoo import Brought
+
+KINDS: dict[str, type[Described]] = {kind.__name__: kind for kind in (Workload, Brought)}
 
 
 class Worker:
@@ -28,23 +33,33 @@ class Worker:
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         if "start" in command:
-            return self.start(Workload(**command["start"]), command["variant"], command["warm_up"])
+            workload = KINDS[command["kind"]](**command["start"])
+            return self.start(workload, command["variant"], command["warm_up"])
         if self.training is None:
             raise RuntimeError("the first command must be start")
         if "gradients" in command:
             return self.gradients(self.training, command["gradients"], command["path"])
         return getattr(self, command["do"])(self.training)
 
-    def start(self, workload: Workload, name: str, warm_up: int) -> dict[str, Any]:
+    def start(self, workload: Described, name: str, warm_up: int) -> dict[str, Any]:
         torch.set_num_threads(workload.threads)
+        _load_compiler()
         chosen = VARIANTS[name]
-        training = Training(workload, chosen.prepare, chosen.checkpointed)
-        first = [seconds(training.step, workload.device) for _ in range(warm_up)]
+        training = workload.training(chosen.prepare, chosen.checkpointed)
+        batches = range(len(training.batches))
+        # A round is one step on every batch: the first one compiles all that sizes that change ask for.
+        rounds = [sum(seconds(training.step, training.device) for _ in batches) for _ in range(warm_up)]
         self.training = training
-        return {"warm_up_seconds": first}
+        return {"warm_up_seconds": rounds}
 
     def step(self, training: Training) -> dict[str, Any]:
-        return {"seconds": seconds(training.step, training.workload.device)}
+        return {"seconds": seconds(training.step, training.device)}
+
+    def reported(self, training: Training) -> dict[str, Any]:
+        """What `explain` says is saved for the first batch."""
+        one = len(training.batches) == 1  # with several, what was compiled is for sizes that no batch need have
+        inputs = () if one else training.batches[0].inputs
+        return {"bytes": actcompile.explain(training.run, *inputs).saved_bytes_after}
 
     def saved(self, training: Training) -> dict[str, Any]:
         found = saved_tensors(training.forward(), training.alive_anyway())
@@ -56,7 +71,7 @@ class Worker:
 
     def peak(self, training: Training) -> dict[str, Any]:
         try:
-            rises = [peak_memory(training.step, training.workload.device) for _ in range(3)]
+            rises = [peak_memory(lambda: training.step(0), training.device) for _ in range(3)]
         except Unmeasurable as reason:
             return {"bytes": None, "reason": str(reason)}
         return {"bytes": statistics.median(rises)}
@@ -64,6 +79,12 @@ class Worker:
     def gradients(self, training: Training, seeds: list[int], path: str) -> dict[str, Any]:
         torch.save([training.gradients(seed) for seed in seeds], path)
         return {"path": path}
+
+
+def _load_compiler() -> None:
+    """Compiles next to nothing, so that loading Inductor and precompiling its headers count for no variant."""
+    torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    torch._dynamo.reset()
 
 
 def main() -> None:

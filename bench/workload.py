@@ -2,15 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actcompile import datasets
 from bench import models
+
+Prepare = Callable[[nn.Module], Callable[..., Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs: what the model is called with; loss(output, target): a scalar."""
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def to(self, device: str) -> Batch:
+        return Batch(tuple(t.to(device) for t in self.inputs), self.target.to(device), self.loss)
+
+
+class Training:
+    """A model, made ready by a variant, and its training step, which takes the batches in turn.
+
+    optimizer: of the model's parameters; without one a step is a forward and a backward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        prepare: Prepare,
+        device: str = "cpu",
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.model, self.batches, self.device, self.optimizer = model, batches, device, optimizer
+        self.run = prepare(model)
+        self.steps = 0
+
+    def forward(self) -> Tensor:
+        """What the model returns for the first batch."""
+        return self.run(*self.batches[0].inputs)
+
+    def loss(self, batch: int = 0) -> Tensor:
+        chosen = self.batches[batch]
+        return chosen.loss(self.run(*chosen.inputs), chosen.target)
+
+    def step(self, batch: int | None = None) -> float:
+        """One step on this or else the next batch; no gradient is alive before or after it."""
+        if batch is None:
+            batch, self.steps = self.steps % len(self.batches), self.steps + 1
+        loss = self.loss(batch)
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def gradients(self, seed: int) -> list[Tensor]:
+        """The gradient of every parameter on the first batch for the seed's random bits, on the CPU."""
+        torch.manual_seed(seed)
+        self.loss().backward()
+        result = [p.grad.detach().cpu().clone() for p in self.model.parameters() if p.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        return result
+
+    def alive_anyway(self) -> list[Tensor]:
+        """What backward need not be charged for: inputs, labels, parameters, buffers."""
+        inputs = [t for batch in self.batches for t in (*batch.inputs, batch.target)]
+        return [*inputs, *self.model.parameters(), *self.model.buffers()]
+
+
+class Described(Protocol):
+    """A training that can be made anew in another process: a frozen dataclass of plain values."""
+
+    @property
+    def threads(self) -> int: ...
+
+    def training(self, prepare: Prepare, checkpointed: bool = False) -> Training:
+        """checkpointed: every layer is computed again in backward, where the model can do that."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,47 +138,15 @@ class Workload:
             **options,
         ).to(self.device)
 
+    def training(self, prepare: Prepare, checkpointed: bool = False) -> Training:
+        """Full-batch steps of Adam on the training nodes' loss."""
+        task = self.task()
+        model = self.build(task, checkpointed)
+        nodes = task.split(0)[0].nonzero().flatten().to(self.device)
 
-class Training:
-    """A model, made ready by a variant, and its full-batch training step."""
+        def loss(logits: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(logits[nodes], y[nodes])
 
-    def __init__(
-        self, workload: Workload, prepare: Callable[[models.Stack], Callable[..., Tensor]], checkpointed: bool = False
-    ) -> None:
-        self.workload, self.task = workload, workload.task()
-        self.model = workload.build(self.task, checkpointed)
-        self.x = self.task.x.to(workload.device)
-        self.edge_index = self.task.edge_index.to(workload.device)
-        self.y = self.task.y.to(workload.device)
-        self.train_nodes = self.task.split(0)[0].nonzero().flatten().to(workload.device)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=workload.learning_rate, weight_decay=workload.weight_decay
-        )
-        self.run = prepare(self.model)
-
-    def forward(self) -> Tensor:
-        """Logits, [nodes, classes]."""
-        return self.run(self.x, self.edge_index)
-
-    def loss(self) -> Tensor:
-        return F.cross_entropy(self.forward()[self.train_nodes], self.y[self.train_nodes])
-
-    def step(self) -> float:
-        """One step of Adam; no gradient is alive before or after it."""
-        loss = self.loss()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    def gradients(self, seed: int) -> list[Tensor]:
-        """The gradient of every parameter for the seed's random bits, on the CPU."""
-        torch.manual_seed(seed)
-        self.loss().backward()
-        result = [p.grad.detach().cpu().clone() for p in self.model.parameters() if p.grad is not None]
-        self.optimizer.zero_grad(set_to_none=True)
-        return result
-
-    def alive_anyway(self) -> list[Tensor]:
-        """What backward need not be charged for: inputs, labels, parameters, buffers."""
-        return [self.x, self.edge_index, self.y, *self.model.parameters(), *self.model.buffers()]
+        batch = Batch((task.x, task.edge_index), task.y, loss).to(self.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        return Training(model, [batch], prepare, self.device, optimizer)

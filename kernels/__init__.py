@@ -10,6 +10,7 @@ from .prune import prune, prune_nbytes, restore_pruned
 from .quantize import dequantize, quantize
 from .random_bits import draw_seed
 from .sample_rows import restore_rows, sample_rows, sample_rows_nbytes
+from .spmm import rows_of, spmm, spmm_extremum, spmm_transposed
 
 __all__ = [
     "BlockFormat",
@@ -33,8 +34,12 @@ __all__ = [
     "restore_low_rank",
     "restore_pruned",
     "restore_rows",
+    "rows_of",
     "sample_rows",
     "sample_rows_nbytes",
+    "spmm",
+    "spmm_extremum",
+    "spmm_transposed",
     "unpack_bits",
     "widen",
 ]

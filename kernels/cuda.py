@@ -1,4 +1,4 @@
-"""The ops on CUDA tensors: Triton kernels, or the forms in plain aten ops where Triton cannot be imported.
+"""The ops on CUDA tensors: Triton kernels, or the references, run by run, where Triton cannot be imported.
 
 Triton is imported when the first op runs on a CUDA tensor, not before: importing it takes a second, and CPU users need
 not have it.
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .format import BlockFormat
-from .lossless import pack_bits, pack_bits_aten, unpack_bits, unpack_bits_aten
-from .quantize import dequantize, dequantize_aten, quantize, quantize_aten
+from .lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
+from .quantize import dequantize, dequantize_in_runs, quantize, quantize_in_runs
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Forms(NamedTuple):
 
 @lru_cache
 def forms() -> Forms:
-    """The Triton kernels; without Triton the aten forms, which launch many kernels where Triton launches one."""
+    """The Triton kernels; without Triton the references, which launch many kernels where Triton launches one."""
     try:
         from .triton_lossless import pack_bits_triton, unpack_bits_triton
         from .triton_quantize import dequantize_triton, quantize_triton
@@ -58,7 +58,7 @@ def forms() -> Forms:
             "and with more temporary memory. `pip install triton` (`triton-windows` on Windows) brings the kernels.",
             error,
         )
-        return Forms(quantize_aten, dequantize_aten, pack_bits_aten, unpack_bits_aten)
+        return Forms(quantize_in_runs, dequantize_in_runs, pack_bits_in_runs, unpack_bits_in_runs)
     return Forms(quantize_triton, dequantize_triton, pack_bits_triton, unpack_bits_triton)
 
 

@@ -1,4 +1,5 @@
 """Lossless forms: booleans as single bits (`pack_bits`, `unpack_bits`), integers in fewer bytes (`narrow`, `widen`).
+And a view of a larger tensor as a tensor of its own (`copy`).
 
 Bits are planar like `BlockFormat`'s codes: a group of `32 * words` booleans becomes `words` 32-bit words, and bit `k`
 of word `j` is boolean `k * words + j` of its group. Words are float32 tensors that carry bits, for the reason that
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .format import bit_words
+
+RUN = 1 << 20  # booleans whose temporaries stay in a CPU's cache
 
 
 def pack_bits_reference(mask: Tensor, words: int) -> Tensor:
@@ -36,43 +39,32 @@ def unpack_bits_reference(packed: Tensor, size: Sequence[int]) -> Tensor:
     return ((word >> (within // words)) & 1).bool().reshape(list(size))
 
 
-def pack_bits_aten(mask: Tensor, words: int, tail: bool = True) -> Tensor:
-    """`pack_bits_reference` as whole-plane operations; `tail=False` promises that `mask` fills its groups exactly."""
+def pack_bits_in_runs(mask: Tensor, words: int) -> Tensor:
+    """`pack_bits_reference`, run by run of groups, so that its temporaries stay small."""
     flat = mask.reshape(-1)
-    if not tail:
-        return _pack(flat.view(-1, 32 * words))
-    full = flat.numel() // (32 * words)
-    rest = flat.numel() - full * (32 * words)
-    last = torch.nn.functional.pad(flat.narrow(0, full * (32 * words), rest).to(torch.int32), (0, 32 * words - rest))
-    parts = _pack(flat.narrow(0, 0, full * (32 * words)).view(-1, 32 * words)), _pack(last.view(1, -1))
-    return torch.cat(parts).narrow(0, 0, bit_words(flat.numel(), words)[0])
+    packed = mask.new_empty(bit_words(flat.numel(), words), dtype=torch.float32)
+    groups = max(1, RUN // (32 * words))
+    for group in range(0, len(packed), groups):
+        part = flat[group * 32 * words : (group + groups) * 32 * words]
+        packed[group : group + groups] = pack_bits_reference(part, words)
+    return packed
 
 
-def _pack(mask: Tensor) -> Tensor:
-    width = mask.shape[1] // 32
-    bits = mask.to(torch.int32)
-    words = bits[:, :width]
-    for k in range(1, 32):
-        words = words | (bits[:, k * width : (k + 1) * width] << k)
-    return words.view(torch.float32)
-
-
-def unpack_bits_aten(packed: Tensor, size: Sequence[int], tail: bool = True) -> Tensor:
-    """`unpack_bits_reference` as one broadcast shift."""
-    shift = torch.arange(32, dtype=torch.int32, device=packed.device)
-    bits = ((packed.view(torch.int32)[:, None, :] >> shift[None, :, None]) & 1) != 0
-    if not tail:
-        return bits.reshape(list(size))
-    numel = 1
-    for s in size:
-        numel = numel * s
-    return bits.reshape(-1).narrow(0, 0, numel).view(list(size))
+def unpack_bits_in_runs(packed: Tensor, size: Sequence[int]) -> Tensor:
+    """`unpack_bits_reference`, run by run of groups."""
+    mask = torch.empty(list(size), dtype=torch.bool, device=packed.device)
+    flat, group = mask.view(-1), 32 * packed.shape[1]
+    groups = max(1, RUN // max(group, 1))
+    for first in range(0, len(packed), groups):
+        part = flat[first * group : (first + groups) * group]
+        part.copy_(unpack_bits_reference(packed[first : first + groups], [part.numel()]))
+    return mask
 
 
 @torch.library.custom_op("actcompile::pack_bits", mutates_args=())
 def pack_bits(mask: Tensor, words: int) -> Tensor:
     """Packs a bool tensor of any shape to float32 words (groups, words), 32 booleans to a word."""
-    return pack_bits_aten(mask, words, tail=mask.numel() % (32 * words) != 0)
+    return pack_bits_in_runs(mask, words)
 
 
 @pack_bits.register_fake
@@ -83,10 +75,7 @@ def _(mask, words):
 @torch.library.custom_op("actcompile::unpack_bits", mutates_args=())
 def unpack_bits(packed: Tensor, size: Sequence[int]) -> Tensor:
     """Unpacks to a contiguous bool tensor of shape `size`."""
-    numel = 1
-    for s in size:
-        numel *= s
-    return unpack_bits_aten(packed, size, tail=numel % (32 * packed.shape[1]) != 0)
+    return unpack_bits_in_runs(packed, size)
 
 
 @unpack_bits.register_fake
@@ -114,3 +103,18 @@ def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
 @widen.register_fake
 def _(x, dtype):
     return torch.empty_like(x, dtype=dtype)
+
+
+@torch.library.custom_op("actcompile::copy", mutates_args=())
+def copy(x: Tensor) -> Tensor:
+    """Copies a view of any strides to contiguous memory of its own.
+
+    `aten.clone` says the same, but Inductor takes one between tensors of equal strides for superfluous, and keeps the
+    memory that the view is of.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@copy.register_fake
+def _(x):
+    return x.new_empty(x.shape)

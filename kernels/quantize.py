@@ -5,18 +5,24 @@ An element `x` of a block with minimum `low` and maximum `high` has the code-axi
 with a probability that keeps the mean, and comes back as `low + level(code) * scale` (EXACT, eq. 2; i-EXACT,
 eq. 3 to 5).
 
-Here stand the reference, which is the specification; the form in plain aten ops that Inductor's C++ runs at memory
-speed (`quantize_aten`, `dequantize_aten`), which agrees with it bit for bit; and the ops' schemas and fakes. What
-both do:
+Here stand the reference, which is the specification, and the ops' schemas and fakes; `cpu` and `cuda` have the kernels,
+which agree with it bit for bit. What all do:
 
-- `low` and `high` are rounded outward to the metadata's dtype before they are used, so nothing is clamped;
+- `low` and `high` are rounded outward to the metadata's dtype before they are used, so nothing is clamped but float32
+  elements beyond bfloat16's largest number;
 - differences are taken of halves, so a block may span more than the largest float32;
 - the position has eight fractional bits; a half is added before they are cut, a random byte before the code is cut;
-- words of a block with NaN or infinity are zero; its metadata make every decoded element of it non-finite;
-- unused fields of the last group are zero.
+- unused fields of the last group are zero;
+- a block with NaN has NaN as both ends, zeros as words, and decodes to NaN.
+
+Infinities come back as they are, and leave the other elements of their block alone: `low` and `high` are those of the
+finite ones, and stored the other way round, which marks the block. In a marked block the first code is minus infinity,
+the last is infinity, and finite elements have the codes between, evenly spaced. One bit has no codes between: there
+an infinite end says which code is infinity, and the other end is the middle of the finite elements, which all become
+that; with infinities of both signs such a block is NaN.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +33,10 @@ from .random_bits import random_words
 
 SMALLEST_HALF_RANGE = 2.0**-100  # keeps 1 / range finite; a constant block still decodes exactly, all its codes being 0
 WIDE_HALF_RANGE = 2.0**125
+SMALLEST_NORMAL = 2.0**-126
+LARGEST = torch.finfo(torch.float32).max
+RUN = 1 << 20  # elements whose temporaries stay in a CPU's cache
+INFINITY = float("inf")
 
 
 def round_outward(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -39,7 +49,7 @@ def round_outward(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor
 def _truncate(x: Tensor, away: Tensor) -> Tensor:
     """Cuts float32 to bfloat16's bits, away from zero where `away`."""
     bits = x.view(torch.int32)
-    bits = torch.where(away & (x.abs() < float("inf")), bits + 0xFFFF, bits)
+    bits = torch.where(away & (x.abs() < INFINITY), bits + 0xFFFF, bits)
     return torch.where(x != x, x, (bits & -65536).view(torch.float32))
 
 
@@ -49,164 +59,206 @@ def half_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return half_low, (high * 0.5 - half_low).clamp_min(SMALLEST_HALF_RANGE)
 
 
-def decode_scale(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Step, minimum and factor of every block, `x = (level * step + minimum) * factor`.
+def widen(low: Tensor, high: Tensor, metadata: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Makes empty ranges one unit of `metadata` wide, so that their ends can be told apart.
 
-    The factor is 4 where `level * step` alone could overflow, 1 elsewhere; a power of two, it rounds nothing.
+    The minimum stays, as it is what the first level decodes to; unless there is nothing above it.
     """
-    _, half = half_range(low, high)
-    wide = half > WIDE_HALF_RANGE
-    shrink = torch.where(wide, 0.25, 1.0)
-    return half * shrink * (2.0 / top), low * shrink, torch.where(wide, 4.0, 1.0)
+    unit = 1 if metadata == torch.float32 else 1 << 16
+    bits = low.view(torch.int32)
+    above = torch.where(low < SMALLEST_NORMAL, SMALLEST_NORMAL, (bits + unit).view(torch.float32))
+    below = (bits - unit).view(torch.float32)
+    empty, largest = ~(low < high), low >= torch.finfo(metadata).max
+    return torch.where(empty & largest, below, low), torch.where(empty & ~largest, above, high)
 
 
 # ---- reference -----------------------------------------------------------------------------------------------------
 
 
-def slots(numel: int, fmt: BlockFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For every element of a flat tensor: its block, its word and its plane (all int64)."""
-    i = torch.arange(numel, device=device)
-    within = i % fmt.group
-    word = i // fmt.group * fmt.words + within % fmt.words
-    block = i // fmt.group * fmt.blocks_per_group + within // fmt.block
-    return block, word, within // fmt.words
-
-
-def quantize_reference(x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification of `quantize`, one element at a time: positions, random bytes, codes, words."""
-    flat = x.reshape(-1).float()
+def quantize_reference(
+    x: Tensor,
+    seed: Tensor,
+    salt: int,
+    fmt: BlockFormat,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    first_group: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification of `quantize`; `first_group` is the number of groups before `x`."""
+    flat = (x if shift is None else (x.float() - shift) * scale).reshape(-1).float()
     groups = fmt.groups(flat.numel())
-    block, word, plane = slots(flat.numel(), fmt, x.device)
-    empty = torch.zeros(groups * fmt.blocks_per_group, device=x.device)
-    low = empty.scatter_reduce(0, block, flat, "amin", include_self=False)
-    high = empty.scatter_reduce(0, block, flat, "amax", include_self=False)
-    low, high = round_outward(low, high, fmt.metadata)
-    half_low, half = half_range(low, high)
-    inverse = (fmt.top * 256.0) / half
-    position = apply_map((flat * 0.5 - half_low[block]) * inverse[block], encode_map(fmt))
+    shape = (groups, fmt.blocks_per_group, fmt.block)
+    padding = (0, groups * fmt.group - flat.numel())
+    used = torch.nn.functional.pad(torch.ones_like(flat, dtype=torch.bool), padding).view(shape)
+    values = torch.nn.functional.pad(flat, padding).view(shape)
 
-    index = torch.arange(groups * fmt.words, device=x.device)
-    index = ((index + 2**31) % 2**32 - 2**31).to(torch.int32)
-    noise = torch.stack(list(random_words(index, seed, salt, -(-fmt.planes // 4))))
-    byte = (noise[plane // 4, word] >> (8 * (plane % 4))) & 0xFF
-    code = ((position + 0.5).to(torch.int32) + byte) >> 8
-    code = torch.where(half[block] < float("inf"), code, 0)
-    words = torch.zeros(groups * fmt.words, dtype=torch.int32, device=x.device)
-    words.index_add_(0, word, (code << (fmt.bits * plane)).to(torch.int32))  # fields are disjoint: a sum is an or
-    shape = (groups, fmt.blocks_per_group)
-    low, high = low.to(fmt.metadata).view(shape), high.to(fmt.metadata).view(shape)
-    return words.view(groups, fmt.words).view(torch.float32), low, high
+    infinite = used & values.isinf()
+    finite = used & ~infinite
+    bound = torch.finfo(fmt.metadata).max
+    values = torch.where(infinite, values, values.clamp(-bound, bound))
+    low = torch.where(finite, values, INFINITY).amin(2, keepdim=True)
+    high = torch.where(finite, values, -INFINITY).amax(2, keepdim=True)
+    some = finite.any(2, keepdim=True)
+    low, high = round_outward(torch.where(some, low, 0.0), torch.where(some, high, 0.0), fmt.metadata)
+    marked = infinite.any(2, keepdim=True) & (low == low)
+    if fmt.bits == 1:
+        return _one_bit(values, used, low, high, marked, seed, salt, fmt, first_group)
+
+    wide_low, wide_high = widen(low, high, fmt.metadata)
+    low, high = torch.where(marked, wide_low, low), torch.where(marked, wide_high, high)
+    code = _round(values, low, high, fmt.top - 2 * marked.float(), marked, seed, salt, fmt, first_group)
+    code = torch.where(values == INFINITY, fmt.top, torch.where(values == -INFINITY, 0, code))
+    code = torch.where(used & (low == low), code, 0)
+    return _packed(code, fmt), *_ends(torch.where(marked, high, low), torch.where(marked, low, high), fmt)
+
+
+def _one_bit(values, used, low, high, marked, seed, salt, fmt, first_group):
+    code = _round(values, low, high, torch.ones_like(low), torch.zeros_like(marked), seed, salt, fmt, first_group)
+    middle = low + (high * 0.5 - low * 0.5)
+    if fmt.metadata == torch.bfloat16:
+        middle = _truncate(middle, torch.zeros_like(marked))
+    above, below = ((used & (values == end)).any(2, keepdim=True) for end in (INFINITY, -INFINITY))
+    code = torch.where(marked, torch.where(above, values == INFINITY, values != -INFINITY).int(), code)
+    low = torch.where(marked, torch.where(below, -INFINITY, middle), low)
+    high = torch.where(marked, torch.where(above, INFINITY, middle), high)
+    low, high = (torch.where(marked & above & below, float("nan"), end) for end in (low, high))
+    code = torch.where(used & (low == low), code, 0)
+    return _packed(code, fmt), *_ends(low, high, fmt)
+
+
+def _round(values, low, high, top, marked, seed, salt, fmt, first_group) -> Tensor:
+    """The codes of finite elements, int32."""
+    half_low, half = half_range(low, high)
+    position = (values * 0.5 - half_low) * (half.reciprocal() * (top * 256.0))
+    position = torch.where(marked, position + 256.0, apply_map(position, encode_map(fmt)))
+    return ((position + 0.5).to(torch.int32) + _random_bytes(values, seed, salt, fmt, first_group)) >> 8
+
+
+def _random_bytes(values: Tensor, seed: Tensor, salt: int, fmt: BlockFormat, first_group: int) -> Tensor:
+    groups = len(values)
+    index = torch.arange(groups * fmt.words, device=values.device) + first_group * fmt.words
+    index = ((index + 2**31) % 2**32 - 2**31).to(torch.int32).view(groups, fmt.words)
+    noise = list(random_words(index, seed, salt, -(-fmt.planes // 4)))
+    planes = [(noise[k // 4] >> (8 * (k % 4))) & 0xFF for k in range(fmt.planes)]
+    return torch.stack(planes, 1).flatten(1)[:, : fmt.group].reshape(values.shape)
+
+
+def _packed(code: Tensor, fmt: BlockFormat) -> Tensor:
+    """Words of codes (groups, blocks, block), int32."""
+    slots = fmt.planes * fmt.words
+    code = torch.nn.functional.pad(code.reshape(len(code), fmt.group), (0, slots - fmt.group))
+    shifts = torch.arange(fmt.planes, dtype=torch.int32, device=code.device)[None, :, None] * fmt.bits
+    fields = code.view(len(code), fmt.planes, fmt.words) << shifts
+    return fields.sum(1, dtype=torch.int32).view(torch.float32)  # fields are disjoint: a sum is an or
+
+
+def _ends(low: Tensor, high: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
+    return low.to(fmt.metadata).squeeze(2), high.to(fmt.metadata).squeeze(2)
 
 
 def dequantize_reference(
-    words: Tensor, low: Tensor, high: Tensor, size: Sequence[int], dtype: torch.dtype, fmt: BlockFormat
-) -> Tensor:
-    """The specification of `dequantize`."""
-    numel = 1
-    for s in size:
-        numel *= s
-    block, word, plane = slots(numel, fmt, words.device)
-    code = (words.view(torch.int32).reshape(-1)[word] >> (fmt.bits * plane)) & fmt.top
-    low, high = low.float().reshape(-1), high.float().reshape(-1)
-    step, minimum, factor = decode_scale(low, high, fmt.top)
-    level = apply_map(code.float(), decode_map(fmt))
-    return ((level * step[block] + minimum[block]) * factor[block]).to(dtype).reshape(list(size))
-
-
-# ---- plain aten ops, for Inductor's C++ ----------------------------------------------------------------------------
-
-
-def quantize_aten(
-    x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat, tail: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_reference` as whole-plane operations; `tail=False` promises that `x` fills its groups exactly."""
-    flat = x.reshape(-1)
-    full = flat.numel() // fmt.group
-    if not tail:
-        return _encode(flat.view(-1, fmt.group).float(), None, 0, seed, salt, fmt)
-    rest = flat.numel() - full * fmt.group
-    main = flat.narrow(0, 0, full * fmt.group).view(-1, fmt.group).float()
-    last = torch.nn.functional.pad(flat.narrow(0, full * fmt.group, rest), (0, fmt.group - rest)).view(1, fmt.group)
-    used = torch.arange(fmt.group, device=x.device)[None, :] < rest
-    parts = _encode(main, None, 0, seed, salt, fmt), _encode(last.float(), used, full, seed, salt, fmt)
-    groups = fmt.groups(flat.numel())
-    words, low, high = (torch.cat(pair).narrow(0, 0, groups) for pair in zip(*parts, strict=True))
-    return words, low, high
-
-
-def _encode(
-    x: Tensor, used: Tensor | None, first_group, seed: Tensor, salt: int, fmt: BlockFormat
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Encodes whole groups `x` (groups, group), float32; elements where `used` is false are absent."""
-    blocks, width = fmt.blocks_per_group, fmt.words
-    by_block = x.view(-1, blocks, fmt.block)
-    if used is None:
-        low, high = by_block.amin(2), by_block.amax(2)
-    else:
-        mask = used.view(1, blocks, fmt.block)
-        low = torch.where(mask, by_block, float("inf")).amin(2)
-        high = torch.where(mask, by_block, -float("inf")).amax(2)
-        low, high = torch.where(mask[:, :, 0], low, 0.0), torch.where(mask[:, :, 0], high, 0.0)
-    low, high = round_outward(low, high, fmt.metadata)
-    half_low, half = half_range(low, high)
-    inverse = (fmt.top * 256.0) / half
-    finite = half < float("inf")
-
-    group = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)[:, None] + first_group
-    index = group * width + torch.arange(width, dtype=torch.int32, device=x.device)[None, :]
-    noise = list(random_words(index.to(torch.int32), seed, salt, -(-fmt.planes // 4)))
-    words = None
-    for k in range(fmt.planes):
-        plane = x[:, k * width : (k + 1) * width]
-        if plane.shape[1] == 0:
-            break
-        b = k * width // fmt.block
-        position = (plane * 0.5 - half_low[:, b : b + 1]) * inverse[:, b : b + 1]
-        position = apply_map(position, encode_map(fmt))
-        byte = (noise[k // 4] >> (8 * (k % 4))) & 0xFF
-        if plane.shape[1] < width:
-            byte = byte[:, : plane.shape[1]]
-        code = ((position + 0.5).to(torch.int32) + byte) >> 8
-        if used is not None:
-            code = torch.where(used[:, k * width : (k + 1) * width], code, 0)
-        if plane.shape[1] < width:
-            code = torch.nn.functional.pad(code, (0, width - plane.shape[1]))
-        if blocks > 1:
-            code = torch.where(finite[:, b : b + 1], code, 0)
-        code = code << (fmt.bits * k) if k else code
-        words = code if words is None else words | code
-    assert words is not None
-    if blocks == 1:
-        words = torch.where(finite, words, 0)
-    return words.view(torch.float32), low.to(fmt.metadata), high.to(fmt.metadata)
-
-
-def dequantize_aten(
     words: Tensor,
     low: Tensor,
     high: Tensor,
     size: Sequence[int],
     dtype: torch.dtype,
     fmt: BlockFormat,
-    tail: bool = True,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """`dequantize_reference` as one broadcast shift; `tail=False` promises that the tensor fills its groups exactly."""
-    shift = torch.arange(fmt.planes, dtype=torch.int32, device=words.device) * fmt.bits
-    code = (words.view(torch.int32)[:, None, :] >> shift[None, :, None]) & fmt.top
-    level = apply_map(code.to(torch.float32), decode_map(fmt))
-    step, minimum, factor = (part[:, :, None] for part in decode_scale(low.float(), high.float(), fmt.top))
-    if fmt.blocks_per_group > 1:
-        level = level.view(-1, fmt.blocks_per_group, fmt.block)
-    x = (level * step + minimum) * factor
-    if fmt.planes * fmt.words > fmt.group:
-        x = x.reshape(-1, fmt.planes * fmt.words)[:, : fmt.group]
-    x = x.to(dtype)
-    if not tail:
-        return x.reshape(list(size))
+    """The specification of `dequantize`."""
+    shifts = torch.arange(fmt.planes, dtype=torch.int32, device=words.device)[None, :, None] * fmt.bits
+    code = (words.view(torch.int32)[:, None, :] >> shifts) & fmt.top
+    code = code.flatten(1)[:, : fmt.group].reshape(len(words), fmt.blocks_per_group, fmt.block)
+    low, high = low.float().unsqueeze(2), high.float().unsqueeze(2)
+    if fmt.bits == 1:
+        marked = low.isinf() | high.isinf()
+        finite = _levels_between(code.float(), low, high, torch.ones_like(low))
+        x = torch.where(marked, torch.where(code == 1, high, low), finite)
+    else:
+        marked = low > high
+        low, high = torch.where(marked, high, low), torch.where(marked, low, high)
+        level = torch.where(marked, code.float() - 1.0, apply_map(code.float(), decode_map(fmt)))
+        finite = _levels_between(level, low, high, fmt.top - 2 * marked.float())
+        x = torch.where(marked & (code == 0), -INFINITY, torch.where(marked & (code == fmt.top), INFINITY, finite))
     numel = 1
     for s in size:
-        numel = numel * s
-    return x.reshape(-1).narrow(0, 0, numel).view(list(size))
+        numel *= s
+    x = x.reshape(-1)[:numel].reshape(list(size))
+    return finite_cast(x, x, dtype) if shift is None else unstandardised(x, shift, scale, dtype)
+
+
+def _levels_between(level: Tensor, low: Tensor, high: Tensor, top: Tensor) -> Tensor:
+    """`low + level * (high - low) / top`, finite; a power of two keeps it in range, and rounds nothing."""
+    half = half_range(low, high)[1]
+    wide = (half > WIDE_HALF_RANGE).float()
+    shrink, grow = 1 - 0.75 * wide, 1 + 3 * wide
+    x = (level * (half * shrink * (2.0 / top)) + low * shrink) * grow
+    return x.clamp(-LARGEST, LARGEST)
+
+
+def unstandardised(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x / scale + shift`, and `shift` alone where the scale has no inverse; finite where the float32 `x` is."""
+    reciprocal = scale.reciprocal()
+    return finite_cast(x * torch.where(reciprocal.isfinite(), reciprocal, 0.0) + shift, x, dtype)
+
+
+def finite_cast(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts float32 `y`, to the largest number of `dtype` where that would overflow, unless `x` is infinite."""
+    most = torch.finfo(dtype).max
+    return torch.where(x.isinf(), y, y.clamp(-most, most)).to(dtype)
+
+
+# ---- without a compiler --------------------------------------------------------------------------------------------
+
+
+def quantize_in_runs(
+    x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat, shift: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_reference`, run by run of groups, so that its temporaries stay small."""
+    flat = (x if shift is None else (x.float() - shift) * scale).reshape(-1)
+    encoded = empty_encoding(x, fmt)
+    for group, part in _runs(fmt, flat.numel()):
+        run = quantize_reference(flat[part], seed, salt, fmt, first_group=group)
+        for whole, piece in zip(encoded, run, strict=True):
+            whole[group : group + len(piece)] = piece
+    return encoded
+
+
+def dequantize_in_runs(
+    words: Tensor,
+    low: Tensor,
+    high: Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype,
+    fmt: BlockFormat,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """`dequantize_reference`, run by run of groups."""
+    wanted = dtype if shift is None else torch.float32
+    x = torch.empty(list(size), dtype=wanted, device=words.device)
+    flat = x.view(-1)
+    for group, part in _runs(fmt, flat.numel()):
+        piece = flat[part]
+        end = group + fmt.groups(piece.numel())
+        parts = (t[group:end] for t in (words, low, high))
+        piece.copy_(dequantize_reference(*parts, [piece.numel()], wanted, fmt))
+    return x if shift is None or scale is None else unstandardised(x, shift, scale, dtype)
+
+
+def _runs(fmt: BlockFormat, numel: int) -> Iterator[tuple[int, slice]]:
+    """Runs of whole groups: the first group of each, and its elements."""
+    groups = max(1, RUN // fmt.group)
+    for group in range(0, fmt.groups(numel), groups):
+        yield group, slice(group * fmt.group, (group + groups) * fmt.group)
+
+
+def empty_encoding(x, fmt):
+    """Words, low and high of a tensor like `x`, not written to."""
+    groups = fmt.groups(x.numel())
+    low, high = (x.new_empty(groups, fmt.blocks_per_group, dtype=fmt.metadata) for _ in range(2))
+    return x.new_empty(groups, fmt.words, dtype=torch.float32), low, high
 
 
 # ---- ops -----------------------------------------------------------------------------------------------------------
@@ -214,31 +266,37 @@ def dequantize_aten(
 
 @torch.library.custom_op("actcompile::quantize", mutates_args=())
 def quantize(
-    x: Tensor, seed: Tensor, salt: int, bits: int, block: int, levels: str, metadata: torch.dtype, words: int
+    x: Tensor,
+    seed: Tensor,
+    salt: int,
+    bits: int,
+    block: int,
+    levels: str,
+    metadata: torch.dtype,
+    words: int,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Encodes `x`.
+    """Encodes `x`, or `(x - shift) * scale`.
 
     Args:
         x: any shape and strides, float32, bfloat16 or float16.
         seed: int32 of shape (activations, 2), on the device of `x`, drawn by `draw_seed` once per forward call.
         salt: this activation's row in `seed`: no two activations share random bits.
         bits, block, levels, metadata, words: the fields of `BlockFormat`.
+        shift, scale: float32 of the length of the last dimension of `x`, both or none.
 
     Returns:
         words: float32 (groups, words), whose 32 bits are the packed codes; float, because Inductor's C++ loads and
             stores vectors of floats in one instruction and vectors of int32 through the stack.
         low, high: (groups, blocks per group) in the metadata's dtype.
     """
-    fmt = BlockFormat(bits, block, levels, metadata, words)
-    return quantize_aten(x, seed, salt, fmt, tail=x.numel() % fmt.group != 0)
+    return quantize_in_runs(x, seed, salt, BlockFormat(bits, block, levels, metadata, words), shift, scale)
 
 
 @quantize.register_fake
-def _(x, seed, salt, bits, block, levels, metadata, words):
-    fmt = BlockFormat(bits, block, levels, metadata, words)
-    groups = fmt.groups(x.numel())
-    meta = x.new_empty(groups, fmt.blocks_per_group, dtype=metadata)
-    return x.new_empty(groups, fmt.words, dtype=torch.float32), meta, torch.empty_like(meta)
+def _(x, seed, salt, bits, block, levels, metadata, words, shift=None, scale=None):
+    return empty_encoding(x, BlockFormat(bits, block, levels, metadata, words))
 
 
 @torch.library.custom_op("actcompile::dequantize", mutates_args=())
@@ -251,15 +309,17 @@ def dequantize(
     bits: int,
     block: int,
     levels: str,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Decodes what `quantize` returned into a contiguous tensor of shape `size` and dtype `dtype`."""
+    """Decodes what `quantize` returned into a contiguous tensor of shape `size` and dtype `dtype`.
+
+    With `shift` and `scale` it returns `x / scale + shift`.
+    """
     fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
-    numel = 1
-    for s in size:
-        numel *= s
-    return dequantize_aten(words, low, high, size, dtype, fmt, tail=numel % fmt.group != 0)
+    return dequantize_in_runs(words, low, high, size, dtype, fmt, shift, scale)
 
 
 @dequantize.register_fake
-def _(words, low, high, size, dtype, bits, block, levels):
+def _(words, low, high, size, dtype, bits, block, levels, shift=None, scale=None):
     return words.new_empty(size, dtype=dtype)

@@ -4,13 +4,16 @@ Read and tried with torch 2.13.0.
 """
 
 import math
+import sys
 import types
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import sympy
 import torch
+import torch._functorch.config as functorch_config
 
 # Inductor, its joint passes with whatever partitioner is configured, and the class such a partitioner must have.
 import torch._inductor.config as inductor_config
@@ -22,11 +25,29 @@ from torch._dynamo import convert_frame, eval_frame, guards, pgo
 # The backend that runs graphs as they are, giving up its arguments as it goes (so that memory is freed).
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
-from torch._dynamo.eval_frame import OptimizedModule  # what torch.compile(module) returns
+
+# A condition of our own under which Dynamo may take a compiled graph; and what traces a frame for a backend, and the
+# backend inside of torch's wrappers: a setting of Dynamo's for ours alone.
+from torch._dynamo.convert_frame import ConvertFrameAssert
+from torch._dynamo.eval_frame import (
+    OptimizedModule,  # what torch.compile(module) returns
+    innermost_backend,
+)
+from torch._dynamo.guards import install_guard
+from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
 from torch._dynamo.utils import graph_break_reasons
 
-# Descriptor of a forward output that is saved for backward; `output.meta["desc"]` must list one per output (2.11+).
-from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
+# Dynamo's list of functions that it asks `__torch_function__` about; it leaves out those of torch.sparse.
+from torch._dynamo.variables.torch import get_overridable_functions
+
+# Descriptors of the inputs and outputs of AOTAutograd's graphs: which of Dynamo's they are, and which output is saved for
+# backward; `output.meta["desc"]` must list one per output (2.11+).
+from torch._functorch._aot_autograd.descriptors import (
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    SavedForBackwardsAOTOutput,
+)
 
 # Marks a function that runs a graph as one that AOTAutograd may hand a list of arguments, to be emptied.
 from torch._functorch.aot_autograd import make_boxed_func
@@ -35,7 +56,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 # The fake mode of a graph's values, needed to compute the fake values of inserted nodes.
-from torch._guards import detect_fake_mode
+# Beside it, what tells that Dynamo is at work on this thread, and a condition on a compiled graph.
+from torch._guards import CompileContext, Guard, detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, partition_fn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -64,7 +86,15 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import make_fx
 
 # Symbolic sizes: their environment, what is known of them without guarding, and their bounds.
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+    statically_known_true,
+)
+
+# The identity of a tensor's memory, also of a fake one's, that does not keep it alive.
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 # Turns a sympy expression into graph nodes; torch's own runtime-assert pass uses it so.
@@ -75,12 +105,16 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import bound_sympy
 
 __all__ = [
+    "ConvertFrameAssert",
     "CustomPartitionerFn",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "FloorDiv",
+    "GlobalStateSource",
+    "Guard",
+    "GuardOnDataDependentSymNode",
     "IntInfinity",
     "InvalidCxxCompiler",
     "ModularIndexing",
@@ -89,44 +123,66 @@ __all__ = [
     "Pointwise",
     "TensorBox",
     "ShapeEnv",
+    "StorageWeakRef",
     "UnsupportedFakeTensorException",
     "V",
     "aot_autograd",
     "bound_sympy",
+    "bound",
     "boxed_nop",
     "compile_fx",
     "compile_in_place",
+    "compiling",
     "compile_plain",
     "convert_frame",
     "decompose",
+    "dispatch_in_traces",
     "detect_fake_mode",
     "dynamo_config",
     "eval_frame",
+    "evaluate",
     "expression",
     "fake_values",
     "fallback_handler",
+    "formula",
+    "free_unbacked_symbols",
+    "functorch_config",
     "get_cpp_compiler",
     "gradient_of",
     "graph_break_reasons",
+    "graph_break_of",
     "guards",
     "inductor_partition",
+    "input_position",
+    "install_guard",
+    "is_input_mutation",
+    "known_before_the_call",
     "known_true",
     "least_product",
+    "innermost_backend",
+    "is_unbacked",
+    "known_true",
+    "largest",
     "loop_ops",
     "lowerings",
     "make_boxed_func",
+    "makes_sizes",
     "min_cut_rematerialization_partition",
     "most_ratio",
     "number",
+    "output_position",
     "pgo",
     "pytree",
     "register_lowering",
     "saved_descriptor",
     "select_decomp_table",
     "size_hint",
+    "sizes_for_backward",
     "size_node",
+    "symbols",
     "sympy",
     "trace_artefact",
+    "unify",
 ]
 
 
@@ -176,6 +232,16 @@ def compile_plain(gm: torch.fx.GraphModule, inputs: list[Any], inner: str) -> An
     return compiler(gm, inputs)
 
 
+def compiling() -> bool:
+    """Whether torch.compile itself, not a model, is what calls: it looks at a tensor to trace with it."""
+    return CompileContext.try_get() is not None
+
+
+def dispatch_in_traces(*functions: Any) -> None:
+    """Has Dynamo ask `__torch_function__` about these functions as Python does; of torch.sparse it knows none (2.13)."""
+    get_overridable_functions().update(functions)
+
+
 def saved_descriptor(position: int) -> Any:
     return SavedForBackwardsAOTOutput(position)
 
@@ -188,12 +254,80 @@ def gradient_of(descriptor: Any) -> int | None:
     return getattr(getattr(descriptor, "grad_of", None), "idx", None)
 
 
+def input_position(node: torch.fx.Node) -> int | None:
+    """Which input of Dynamo's graph a placeholder of AOTAutograd's is; None for a part of one, or a state."""
+    descriptor = node.meta.get("desc")
+    return descriptor.idx if isinstance(descriptor, PlainAOTInput) else None
+
+
+def output_position(descriptor: Any) -> int | None:
+    """Which output of Dynamo's graph an output of AOTAutograd's is."""
+    return descriptor.idx if isinstance(descriptor, PlainAOTOutput) else None
+
+
+def is_input_mutation(descriptor: Any) -> bool:
+    """Whether an output of AOTAutograd's graph is the new value of an input."""
+    return isinstance(descriptor, InputMutationAOTOutput)
+
+
+def known_before_the_call(placeholder: torch.fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a global, or belongs to a module; `_dynamo_source` tells where it was found."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return source is None or is_from_global_source(source) or is_from_unspecialized_nn_module_source(source)
+
+
+def graph_break_of(gm: torch.fx.GraphModule) -> Any:
+    """Dynamo's record of the break that ended a graph, with `reason` and `user_stack`; None for one that returns."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason if reason is not None and reason.graph_break else None
+_bounds: "weakref.WeakKeyDictionary[ShapeEnv, dict[Any, int]]" = weakref.WeakKeyDictionary()
+
+
 def size_hint(size: Any, fallback: int = 4096) -> int:
-    """The value that a symbolic size had when it was traced, or a guess; never guards."""
+    """The value that a size had when it was traced; never guards.
+
+    What depends on data counts with the largest value that it can have, or, where there is no such, with a guess.
+    """
     if isinstance(size, int):
         return size
-    hint = getattr(size.node, "hint", None)  # SymNode.hint: None for unbacked sizes
-    return int(hint) if isinstance(hint, int) else fallback
+    expr, env = size.node.expr, size.node.shape_env
+    return int(expr.xreplace({symbol: _value(symbol, env, fallback) for symbol in expr.free_symbols}))
+
+
+def _value(symbol: Any, env: ShapeEnv, fallback: int) -> int:
+    traced = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # of older versions
+    if symbol in traced:
+        return traced[symbol]
+    if symbol in (known := _bounds.get(env, {})):
+        return known[symbol]
+    largest = env.var_to_range[symbol].upper if symbol in env.var_to_range else None
+    return int(largest) if largest is not None and largest < sys.maxsize - 1 else fallback
+
+
+def bound(size: Any, largest: int) -> None:
+    """Takes down how large a size is at most, at the sizes of the trace, if its value depends on data."""
+    if is_unbacked(size):
+        known = _bounds.setdefault(size.node.shape_env, {})
+        known[size.node.expr] = min(largest, size_hint(size, largest))
+
+
+def unify(known: Any, size: Any) -> None:
+    """Gives a size that depends on data the symbol of one that is the same."""
+    if is_unbacked(known) and is_unbacked(size) and known.node.expr != size.node.expr:
+        size.node.shape_env._rename_unbacked_to(size.node.expr, known.node.expr)
+
+
+def makes_sizes(node: torch.fx.Node) -> bool:
+    """Whether a node's value has sizes that depend on data and that none of its arguments has, as `nonzero` makes."""
+    sizes = free_unbacked_symbols(node.meta["val"])
+    return bool(sizes - free_unbacked_symbols([n.meta["val"] for n in node.all_input_nodes]))
+
+
+def is_unbacked(size: Any) -> bool:
+    """Whether a size is a symbol whose value depends on data."""
+    if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
+        return False
+    return bool(free_unbacked_symbols(size))
 
 
 def number(value: Any) -> float | None:
@@ -229,6 +363,50 @@ def most_ratio(sizes: Any, others: Any) -> float:
 def known_true(condition: Any) -> bool:
     """Whether a symbolic condition is true for all sizes; never guards."""
     return statically_known_true(condition)
+
+
+def largest(sizes: Sequence[Any]) -> Any:
+    """The largest of several sizes, symbolic where only a run can tell; never guards."""
+    found = sizes[0]
+    for size in sizes[1:]:
+        if not known_true(size <= found):
+            found = size if known_true(found <= size) else torch.sym_max(found, size)
+    return found
+
+
+def formula(size: Any) -> str:
+    """A size that a run decides as text, such as `4*u0 + 8000`; empty for a number."""
+    return "" if isinstance(size, int) or size.node.expr.is_Integer else str(size.node.expr)
+
+
+def evaluate(text: str, values: Mapping[str, int]) -> int | None:
+    """The value of a `formula` with these values of its symbols; None where one is missing."""
+    value = sympy.sympify(text).subs(dict(values))
+    return int(value) if value.is_Integer else None
+
+
+def symbols(sizes: Iterable[Any]) -> dict[str, Any]:
+    """The symbols in sizes, by name in the order of names, each as a size."""
+    found = {
+        str(symbol): size.node.shape_env.create_symintnode(symbol, hint=None)
+        for size in sizes
+        if isinstance(size, torch.SymInt)
+        for symbol in size.node.expr.free_symbols
+    }
+    return dict(sorted(found.items()))
+
+
+def sizes_for_backward(outputs: Sequence[Any]) -> tuple[int, ...]:
+    """The sizes that a compiled forward handed to its backward, in order; none where it saved nothing.
+
+    `symints` of the context of AOTAutograd's `CompiledFunction`, which is the `grad_fn` of what it returns, or of what
+    that is a view of (2.11 to 2.14).
+    """
+    nodes = [t.grad_fn for t in outputs if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+    for node in [*nodes, *(n.next_functions[0][0] for n in nodes if n.next_functions)]:
+        if (sizes := getattr(node, "symints", None)) is not None:
+            return tuple(sizes)
+    return ()
 
 
 def expression(size: Any) -> Any:

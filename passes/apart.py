@@ -15,11 +15,12 @@ from torch import fx
 
 from .bias import Dependence, bias
 from .find import SavedActivation, numel_hint
-from .masks import copy_to_forward, is_pure
+from .masks import is_pure
 from .plan import Policy, bits_of
 from .split import Split, is_tensor, is_view
 
 MOST_TRIED = 24  # values made of one activation
+LEAST_GAIN = 0.9  # of the bits that were taken; less is not worth an encoder more
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,7 +65,7 @@ def apart(split: Split, activations: Iterable[SavedActivation], policy: Callable
             return made
         settled.add(worst)
         origins = _recomputed(split, sources)
-        best, least = None, 1.0
+        best, least = None, LEAST_GAIN
         for value in [v for v, s in origins.items() if worst in s][:MOST_TRIED]:
             share = costs.together(origins[value], value) / costs.together(origins[value])
             if share < least:
@@ -103,7 +104,7 @@ def _reaches(source: fx.Node, cut: fx.Node | None) -> bool:
 
 
 def _save(split: Split, value: fx.Node) -> fx.Node:
-    node = copy_to_forward(value, split, split.origin())
+    node = split.copy_to_forward(value, split.origin())
     placeholder = split.save(node, f"{value.name}_apart")
     value.replace_all_uses_with(placeholder)
     split.drop_unused()

@@ -12,7 +12,7 @@ from actcompile.kernels.low_rank import low_rank_nbytes
 from actcompile.kernels.prune import prune_nbytes
 from actcompile.kernels.sample_rows import sample_rows_nbytes
 
-Shape = Sequence[int]
+Shape = Sequence[int]  # or of SymInts, which give a SymInt; nothing is guarded on
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,17 @@ class Keep:
 
     def __str__(self) -> str:
         return "keep"
+
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        return math.prod(shape) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Copy:
+    """As it is, in memory of its own: the larger tensor that it is a view of is let go."""
+
+    def __str__(self) -> str:
+        return "copy"
 
     def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
         return math.prod(shape) * dtype.itemsize
@@ -88,7 +99,7 @@ class Quantize:
 
     def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
         numel = math.prod(shape)
-        return self.format.nbytes(numel // shape[-1] * self.columns if self.columns and numel else numel)
+        return self.format.nbytes(numel // shape[-1] * self.columns if self.columns else numel)
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-Codec = Keep | Recompute | PackBits | Narrow | Quantize | Prune | LowRank | SampleRows | Cast
-EXACT = (Keep, Recompute, PackBits, Narrow)  # decoding gives back the same bits
+Codec = Keep | Copy | Recompute | PackBits | Narrow | Quantize | Prune | LowRank | SampleRows | Cast
+EXACT = (Keep, Copy, Recompute, PackBits, Narrow)  # decoding gives back the same bits
 UNBIASED = (*EXACT, Quantize, SampleRows)  # it gives the same mean, over the random bits of encoding

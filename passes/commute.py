@@ -24,10 +24,10 @@ import torch
 from torch import fx
 
 from . import _torch
-from .find import SavedActivation, dense_order, module_path
+from .find import SavedActivation, module_path
 from .rebuild import computable
 from .rows import TRANSPOSED, Map, Names, extend, row_op, terms
-from .split import Split, call, writes
+from .split import Split, call, is_input, writes
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ def commute(split: Split, activations: Iterable[SavedActivation], kind: Callable
 
 
 def _alive(split: Split, node: fx.Node) -> bool:
-    return node.op == "placeholder" or any(node in (saved, _transposed(saved)) for saved, _ in split.pairs)
+    return is_input(node) or any(node in (saved, _transposed(saved)) for saved, _ in split.pairs)
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,12 @@ def _fits(
     dtypes = {n.meta["val"].dtype for n in (product.matrix, source, product.gradient, back.start)}
     if not _torch.known_true(narrow <= wide) or len(dtypes) > 1:
         return False
-    if source.op == "placeholder":
+    if is_input(source):
         return not any(writes(user) for user in source.users)  # else backward would not see what forward found there
     if kind(source) != kind(activation.node):
         return False
     value = source.meta["val"]
-    new = dense_order(value) is not None and all(split.knows(size) for size in value.shape)
+    new = all(split.knows(size) for size in value.shape)
     return _alive(split, source) or (new and computable(split, source))
 
 
@@ -221,6 +221,8 @@ def _copy(split: Split, node: fx.Node, made: dict[fx.Node, fx.Node], names: Name
         summands = [made[term] for term, _ in terms(node, names)]
         return summands[0] if len(summands) == 1 else call(graph, aten.add.Tensor, *summands, like=node)
     matrix, by = made[op.matrix], op.by
+    if op.kind.startswith("spmm"):
+        return call(graph, node.target, *node.args[:3], matrix, *node.args[4:], like=node)
     if op.kind in ("take", "sum") and by.meta["val"].dim() == 2:  # type: ignore[union-attr]
         by = call(graph, aten.squeeze.dims, by, [1], like=node)
     match op.kind:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .codecs import Cast, Codec, LowRank, Narrow, PackBits, Prune, Quantize, SampleRows
+from .codecs import Cast, Codec, Copy, LowRank, Narrow, PackBits, Prune, Quantize, SampleRows
 from .split import Split, call
 
 ops = torch.ops.actcompile
@@ -53,7 +53,10 @@ class Seeds:
 
 
 def encode(split: Split, codec: Codec, x: fx.Node, seeds: Seeds) -> tuple[list[fx.Node], Decode]:
-    """Encodes a contiguous tensor `x` at the forward graph's insertion point; returns what is to be saved.
+    """Encodes a tensor `x` at the forward graph's insertion point; returns what is to be saved.
+
+    Args:
+        x: its dimensions are in the order of memory. Decoded it is contiguous.
 
     Raises:
         TypeError: the codec keeps nothing, or keeps it as it is.
@@ -72,6 +75,8 @@ def encode(split: Split, codec: Codec, x: fx.Node, seeds: Seeds) -> tuple[list[f
             return encoded, lambda parts, sizes: call(
                 back, ops.dequantize.default, *parts, sizes(), value.dtype, *fields
             )
+        case Copy():
+            return [call(graph, ops.copy.default, x, like=x)], lambda parts, sizes: parts[0]
         case PackBits(words):
             packed = call(graph, ops.pack_bits.default, x, words, like=x)
             return [packed], lambda parts, sizes: call(back, ops.unpack_bits.default, *parts, sizes())

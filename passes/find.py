@@ -4,13 +4,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 
 from . import _torch
-from .split import Split, is_tensor, is_view, root
+from .split import Split, is_input, is_size, is_tensor, is_view, root
 
 aten = torch.ops.aten
 
@@ -23,6 +23,8 @@ INDEX_ARGUMENT = {  # op -> (position of the index, position of the indexed tens
     aten.scatter_reduce.two: (2, 0, 1),
     aten.index_add.default: (2, 0, 1),
 }
+WHOLE = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.reshape.default, aten.permute.default)
+PARTS = (aten.select.int, aten.slice.Tensor)
 CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clone.default)
 
 
@@ -37,7 +39,8 @@ class SavedActivation:
         source: user source line, such as `model.py:12 x = conv(x, edge_index)`.
         op: what made it, such as `aten.add.Tensor`.
         uses: names of the backward ops that use it.
-        nbytes: bytes of memory that saving it costs; zero where another value pays for the same memory.
+        nbytes: bytes of memory that saving it costs: all of the memory that it is a view of, or its share of that
+            where other saved values are views of it, too; zero where the memory is alive anyway.
         refusal: why it can't be compressed, or None.
         bound: for an integer index, a size that its absolute value never exceeds (may be symbolic), else None.
     """
@@ -57,10 +60,14 @@ class SavedActivation:
         return self.node.meta["val"]
 
     @property
+    def sizes(self) -> tuple[Any, ...]:
+        """Its sizes in the order of its memory."""
+        return tuple(self.value.shape[d] for d in memory_order(self.value))
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Its sizes in the order of its memory, those of the trace where they are symbolic."""
-        order = dense_order(self.value) or range(self.value.dim())
-        return tuple(_torch.size_hint(self.value.shape[d]) for d in order)
+        return tuple(map(_torch.size_hint, self.sizes))
 
     @property
     def numel(self) -> int:
@@ -77,44 +84,55 @@ def numel_hint(value: torch.Tensor) -> int:
     return math.prod(_torch.size_hint(size) for size in value.shape)
 
 
+def own_nbytes(value: torch.Tensor) -> int:
+    """Bytes of its elements, at the sizes of the trace, whatever memory they are a view of."""
+    return numel_hint(value) * value.dtype.itemsize
+
+
 def find(split: Split) -> list[SavedActivation]:
     """Lists the saved values of `split` that are tensors, in the order of the forward's outputs."""
-    user_outputs = {root(n) for n in split.user_outputs if isinstance(n, fx.Node)}
-    tensors = [n for n, _ in split.pairs if is_tensor(n)]
-    roots = [root(n) for n in tensors]
-    shared = {r for r in roots if roots.count(r) > 1 and r.op != "placeholder"}
-    paid: set[fx.Node] = set()
+    shares = _shares(split)
     found = []
     for node, placeholder in split.pairs:
         if not is_tensor(node):
             continue
         base = root(node)
-        refusal = _refusal(node, base, user_outputs)
+        refusal = _refusal(node, base, split.returned)
         if refusal is None and not all(split.knows(size) for size in node.meta["val"].shape):
             refusal = "its size depends on data and can't be handed on"
         if refusal is None and _uncast(node) in split.parameters:
             refusal = "a parameter in another dtype: noise in it would reach every row"
         bound = _bound(placeholder)
-        if refusal is None and base in shared:
-            refusal = "shares its memory with another saved activation"
-        free = base.op == "placeholder" or base in user_outputs or base in paid
-        storage = base.meta["val"] if is_tensor(base) else node.meta["val"]
-        nbytes = 0 if free else numel_hint(storage) * storage.dtype.itemsize
-        paid.add(base)
         found.append(
             SavedActivation(
                 node=node,
                 placeholder=placeholder,
                 module=module_path(node),
                 source=source_line(node),
-                op=str(node.target) if node.op != "placeholder" else "input",
+                op=str(node.target) if node.op != "placeholder" else "input" if is_input(node) else "an earlier graph",
                 uses=tuple(dict.fromkeys(op_name(u) for u in placeholder.users)),
-                nbytes=nbytes,
+                nbytes=shares[node],
                 refusal=refusal,
                 bound=bound if bound is None or split.knows(bound) else None,
             )
         )
     return found
+
+
+def _shares(split: Split) -> dict[fx.Node, int]:
+    """Bytes of memory that every saved tensor keeps alive, in proportion to its own where several keep the same."""
+    holders: dict[fx.Node, list[fx.Node]] = {}
+    for node, _ in split.pairs:
+        if is_tensor(node):
+            holders.setdefault(root(node), []).append(node)
+    shares = {}
+    for base, nodes in holders.items():
+        left = 0 if split.is_free(base) else own_nbytes(base.meta["val"])
+        weights = [own_nbytes(n.meta["val"]) for n in nodes]
+        for position, node in enumerate(nodes):
+            shares[node] = left * weights[position] // max(sum(weights[position:]), 1)
+            left -= shares[node]
+    return shares
 
 
 def _uncast(node: fx.Node) -> fx.Node:
@@ -124,14 +142,14 @@ def _uncast(node: fx.Node) -> fx.Node:
     return node
 
 
-def _refusal(node: fx.Node, base: fx.Node, user_outputs: set[fx.Node]) -> str | None:
+def _refusal(node: fx.Node, base: fx.Node, returned: set[fx.Node]) -> str | None:
     value = node.meta["val"]
-    if base.op == "placeholder":
+    if is_input(base):
         kind = "an input, parameter or buffer" if base is node else "a view of an input, parameter or buffer"
         return f"{kind}: alive anyway"
     if base.op == "get_attr":
         return "a constant of the graph: alive anyway"
-    if base in user_outputs:
+    if base in returned:
         return "the model returns it, or a view of it"
     if value.layout is not torch.strided:
         return f"layout {value.layout} is not handled"
@@ -139,9 +157,14 @@ def _refusal(node: fx.Node, base: fx.Node, user_outputs: set[fx.Node]) -> str | 
         return f"dtype {value.dtype} is not handled"
     if value.is_complex():
         return "complex numbers are not handled"
-    if dense_order(value) is None:
-        return "strides are not those of a dense tensor"
+    if numel_hint(value) > numel_hint(base.meta["val"]):
+        return "its strides overlap"
     return None
+
+
+def memory_order(value: torch.Tensor) -> list[int]:
+    """The permutation of dimensions that brings them into the order of memory, also where that has gaps."""
+    return dense_order(value) or sorted(range(value.dim()), key=lambda d: -_torch.size_hint(value.stride(d)))
 
 
 def dense_order(value: torch.Tensor) -> list[int] | None:
@@ -164,23 +187,21 @@ def dense_order(value: torch.Tensor) -> list[int] | None:
     return order
 
 
-def _bound(placeholder: fx.Node) -> object:
-    """A size that bounds a saved index, from an op in backward that indexes with it (through views)."""
-    value = placeholder.meta["val"]
+def _bound(index: fx.Node) -> object:
+    """A size that bounds what backward reads of an integer tensor, from the ops there that index with it.
+
+    One op bounds the whole tensor if all of it goes there; where only parts of it are read, each has to be bounded.
+    """
+    value = index.meta["val"]
     if value.dtype not in (torch.int64, torch.int32) or value.dim() == 0:
         return None
-    seen, todo = {placeholder}, [placeholder]
-    while todo:
-        index = todo.pop()
-        for user in index.users:
-            bound = _indexed_size(user, index)
-            if bound is not None:
-                return bound
-            views = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.reshape.default)
-            if user.target in views and user not in seen:  # the whole index goes through: its values are all bounded
-                seen.add(user)
-                todo.append(user)
-    return None
+    bounds = []
+    for user in (u for u in index.users if not is_size(u)):
+        whole = _indexed_size(user, index) or (_bound(user) if user.target in WHOLE else None)
+        if whole is not None:
+            return whole
+        bounds.append(_bound(user) if user.target in PARTS else None)
+    return None if None in bounds or not bounds else _torch.largest(bounds)
 
 
 def _indexed_size(user: fx.Node, index: fx.Node) -> object:
@@ -193,6 +214,10 @@ def _indexed_size(user: fx.Node, index: fx.Node) -> object:
         for dim, given in enumerate(cast(list[object], indices)):
             if given is index:
                 return cast(fx.Node, tensor).meta["val"].shape[dim]
+    if user.target is torch.ops.actcompile.spmm_transposed.default:  # the product has a row for each column
+        pointer, columns = user.args[:2]
+        bounds = {pointer: cast(fx.Node, columns).meta["val"].shape[0], columns: user.meta["val"].shape[0]}
+        return bounds.get(index)
     return None
 
 

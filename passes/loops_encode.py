@@ -212,6 +212,9 @@ def register() -> None:
             return call_pack(mask, words)
         return pack_bits_loop(mask, words, not fills(_torch.sympy.prod(mask.get_size()), 32 * words))
 
+    _torch.register_lowering(torch.ops.actcompile.copy.default, type_promotion_kind=None)(
+        _torch.lowerings[aten.clone.default]
+    )
     for cast in (torch.ops.actcompile.narrow.default, torch.ops.actcompile.widen.default):
         _torch.register_lowering(cast, type_promotion_kind=None)(
             _torch.lowerings[torch.ops.prims.convert_element_type.default]

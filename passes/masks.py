@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import fx
 
-from .split import Split, call, is_tensor, root
+from .split import Split, call, is_tensor
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ def hoist_comparisons(split: Split, kept: Collection[fx.Node] = ()) -> None:
     """Saves exact bool and integer tensors instead of recomputing them in backward from floats that may be rounded."""
     origin = split.origin()
     hoistable: set[fx.Node] = set(origin)
-    rounded: set[fx.Node] = {p for n, p in split.pairs if _is_float(n) and p not in kept and not _is_free(n, split)}
+    rounded: set[fx.Node] = {p for n, p in split.pairs if _is_float(n) and p not in kept and not split.is_free(n)}
     for node in list(split.backward.graph.nodes):
         if node.op == "get_attr":
             setattr(split.forward, node.target, getattr(split.backward, node.target))  # both come of one joint graph
@@ -56,7 +56,7 @@ def hoist_comparisons(split: Split, kept: Collection[fx.Node] = ()) -> None:
     ]
     for node in to_hoist:
         before = {n for n, p in split.pairs}
-        exact = copy_to_forward(node, split, origin)
+        exact = split.copy_to_forward(node, origin)
         if exact in before:
             placeholder = next(p for n, p in split.pairs if n is exact)
         else:
@@ -78,25 +78,6 @@ def _spell_sign(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
         node.replace_all_uses_with(call(graph, aten.sub.Tensor, above, below, like=node))
     graph.erase_node(node)
     return comparisons
-
-
-def copy_to_forward(node: fx.Node, split: Split, origin: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The forward node that computes what backward's `node` computes: one that is there already, or a copy."""
-    if node in origin:
-        return origin[node]
-    args = fx.map_arg(node.args, lambda n: copy_to_forward(n, split, origin))
-    kwargs = fx.map_arg(node.kwargs, lambda n: copy_to_forward(n, split, origin))
-    inputs: list[fx.Node] = []
-    fx.map_arg((args, kwargs), inputs.append)
-    for user in inputs[0].users if inputs else ():
-        if user.op == node.op and user.target == node.target and (user.args, user.kwargs) == (args, kwargs):
-            origin[node] = user
-            return user
-    graph = split.forward.graph
-    with graph.inserting_after(max([*inputs, _last_placeholder(graph)])):
-        copy = graph.node_copy(node, lambda n: origin[n])
-    origin[node] = copy
-    return copy
 
 
 def _last_placeholder(graph: fx.Graph) -> fx.Node:
@@ -121,7 +102,7 @@ def merge_masks(split: Split) -> None:
             continue
         forward, backward = split.forward.graph, split.backward.graph
         a, b = origin[condition], origin[factor]
-        if _is_free(a, split) and _is_free(b, split):
+        if split.is_free(a) and split.is_free(b):
             continue
         last = _last_placeholder(forward)
         with forward.inserting_after(max(a, b, last)):
@@ -158,14 +139,6 @@ def _is_zero(value: object) -> bool:
     if isinstance(value, fx.Node) and value.target in (aten.full.default, aten.scalar_tensor.default):
         value = value.args[1] if value.target is aten.full.default else value.args[0]
     return isinstance(value, (int, float)) and value == 0
-
-
-def _is_free(node: fx.Node, split: Split) -> bool:
-    """Whether saving a forward node costs no memory, and so nothing of ours will change it."""
-    base = root(node)
-    return base.op in ("placeholder", "get_attr") or any(
-        base is root(n) for n in split.user_outputs if isinstance(n, fx.Node)
-    )
 
 
 def _is_discrete(node: fx.Node) -> bool:

@@ -18,8 +18,8 @@ from actcompile.kernels.format import EXPLICIT_BITS, LANES, Levels
 
 from . import _torch
 from .bias import Dependence
-from .codecs import EXACT, Cast, Codec, Keep, LowRank, Narrow, PackBits, Prune, Quantize, Recompute, SampleRows
-from .find import SavedActivation, dense_order, numel_hint
+from .codecs import EXACT, Cast, Codec, Copy, Keep, LowRank, Narrow, PackBits, Prune, Quantize, Recompute, SampleRows
+from .find import SavedActivation, memory_order, numel_hint, own_nbytes
 from .signs import never_negative
 from .split import root
 from .standardise import standard
@@ -48,6 +48,7 @@ class Policy:
         fitted: levels for single activations, by `SavedActivation.key`.
         min_bytes: tensors smaller than this are kept.
         lossless: False keeps everything as it is.
+        exact: why no float is rounded, or None.
         rules: (pattern of module paths, policy for what those modules save), first match wins.
     """
 
@@ -58,6 +59,7 @@ class Policy:
     metadata: torch.dtype = torch.bfloat16
     min_bytes: int = 16384
     lossless: bool = True
+    exact: str | None = None
     rows_per_block: int | None = None
     projection: int | None = None
     standardise: bool = True
@@ -138,10 +140,30 @@ def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, D
             nbytes = activation.nbytes
         else:
             nbytes = codec.nbytes(activation.shape, activation.value.dtype) + _statistics(codec, activation, saved)
-        if nbytes >= activation.nbytes and not isinstance(codec, Keep):
+        if nbytes >= min(activation.nbytes, own_nbytes(activation.value)) and not isinstance(codec, Keep):
             codec, nbytes, reason = Keep(), activation.nbytes, f"{codec} would take {nbytes} bytes: not less"
         choices.append(Choice(activation, codec, nbytes, dependence, reason))
-    return Plan(tuple(choices))
+    return Plan(tuple(_let_go(choices, policy.min_bytes)))
+
+
+def _let_go(choices: Sequence[Choice], min_bytes: int) -> list[Choice]:
+    """Copies views that are kept where the memory that they are views of is needed for nothing else and is larger."""
+    groups: dict[fx.Node, list[Choice]] = {}
+    for choice in choices:
+        groups.setdefault(root(choice.activation.node), []).append(choice)
+    made: dict[fx.Node, Choice] = {}
+    for group in groups.values():
+        memory = sum(c.activation.nbytes for c in group)
+        kept = [c for c in group if isinstance(c.codec, Keep)]
+        pieces = {c.activation.node: own_nbytes(c.activation.value) for c in kept}
+        if memory - sum(pieces.values()) >= max(min_bytes, 1):
+            reason = "{}; copied, and the rest of the tensor that it is a view of is let go"
+            codecs = [replace(c, codec=Copy(), reason=reason.format(c.reason)) for c in kept]
+            made |= {c.activation.node: replace(c, nbytes=pieces[c.activation.node]) for c in codecs}
+        elif kept and len(kept) < len(group):  # what others share of the memory stays, too
+            others = memory - sum(c.nbytes for c in kept)
+            made[kept[0].activation.node] = replace(kept[0], nbytes=kept[0].nbytes + others)
+    return [made.get(c.activation.node, c) for c in choices]
 
 
 def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) -> tuple[Codec, str]:
@@ -159,6 +181,8 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
         return PackBits(plane_width(_row_width(a), 32, 32 * LANES)), "a mask: exact in one bit"
     if not value.is_floating_point():
         return _integer(a)
+    if policy.exact is not None:
+        return Keep(), policy.exact
     if policy.method is not None and policy.method[0] == "cast":
         return Cast(policy.method[1]), "rounded to nearest by the configuration: biased in itself"
     if dependence is None or not dependence.biased:
@@ -215,7 +239,7 @@ def _linear(a: SavedActivation, policy: Policy) -> tuple[Codec, str]:
 
 
 def _quantize(a: SavedActivation, bits: int, policy: Policy) -> Quantize:
-    contiguous = dense_order(a.value) == list(range(a.value.dim()))
+    contiguous = memory_order(a.value) == list(range(a.value.dim()))
     standardised = policy.standardise and contiguous and standard(a.node) is not None
     return Quantize(fit_format(a, bits, policy, signed=standardised), standardised=standardised)
 
@@ -229,8 +253,7 @@ def _statistics(codec: Codec, a: SavedActivation, saved: Collection[fx.Node]) ->
 
 def _row_width(a: SavedActivation) -> Any:
     """Elements of a row, the dimension that is contiguous in memory; 1 where there are no rows."""
-    order = dense_order(a.value)
-    return a.value.shape[order[-1] if order else -1] if a.value.dim() > 1 else 1
+    return a.value.shape[memory_order(a.value)[-1]] if a.value.dim() > 1 else 1
 
 
 def _integer(a: SavedActivation) -> tuple[Codec, str]:

@@ -17,7 +17,7 @@ from torch import fx
 
 from .bias import Dependence
 from .find import SavedActivation, module_path, numel_hint
-from .split import Split, call, is_tensor, is_view, writes
+from .split import Split, call, is_input, is_tensor, is_view, root, writes
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -88,7 +88,7 @@ def rebuild(
         except _NotFound:
             continue
         dependence = dependences.get(activation.placeholder)
-        bases = [n for n in expression.leaves if n in saved and n.op != "placeholder" and _is_float(n)]
+        bases = [n for n in expression.leaves if n in saved and not is_input(n) and _is_float(n)]
         masks = _saved_masks(expression.masks, saved)
         outputs = reached.from_(activation.placeholder)
         if any(kind(base) != kind(activation.node) for base in bases):
@@ -151,7 +151,7 @@ def _express(node: fx.Node, saved: Mapping[fx.Node, fx.Node]) -> _Expression:
     """
     if node.op == "placeholder" and any(writes(user) for user in node.users):
         raise _NotFound(node)  # backward would read what forward left in it
-    if node in saved or node.op == "placeholder":
+    if node in saved or is_input(node):
         return _Expression({node})
     if not is_tensor(node):
         raise _NotFound(node)
@@ -162,9 +162,9 @@ def _express(node: fx.Node, saved: Mapping[fx.Node, fx.Node]) -> _Expression:
                 back = call(node.graph, aten.permute.default, user, [order.index(d) for d in range(len(order))])
             return _Expression({user}, {back: None}, stands={node: back})
     tensors = [a for a in node.args if isinstance(a, fx.Node)]
-    if node.target is aten.scatter_add.default and all(_is_whole(a) for a in (tensors[0], tensors[2])):
+    if node.target is aten.scatter_add.default and (_is_whole(node) or all(_is_whole(root(n)) for n in tensors[::2])):
         return _join(node, [_express(a, saved) for a in tensors])  # a degree: whole numbers add up in any order
-    if node.target is aten.full.default and _is_whole(node):
+    if node.target is aten.full.default and not node.all_input_nodes and _is_whole(node):
         return _Expression(nodes={node: None})
     if is_view(node) and not node.meta["val"].is_floating_point() and node.all_input_nodes == tensors[:1]:
         return _join(node, [_express(tensors[0], saved)])
@@ -213,7 +213,7 @@ def _join(node: fx.Node, parts: list[_Expression]) -> _Expression:
 
 
 def _floats(expression: _Expression) -> set[fx.Node]:
-    return {n for n in expression.leaves if n.op != "placeholder" and _is_float(n)}
+    return {n for n in expression.leaves if not is_input(n) and _is_float(n)}
 
 
 def _saved_masks(masks: frozenset[Mask], saved: Mapping[fx.Node, fx.Node]) -> list[tuple[fx.Node, bool]] | None:
@@ -293,10 +293,10 @@ def _replace(
 
 
 def _is_whole(node: fx.Node) -> bool:
-    """Whether a node makes a tensor filled with one whole number, of a size that is known."""
-    if node.target is not aten.full.default or node.all_input_nodes:
-        return False
-    return isinstance(node.args[1], (int, float)) and float(node.args[1]).is_integer()
+    """Whether a node makes a tensor of whole numbers: of integers, or filled with one."""
+    if not is_tensor(node) or _is_float(node):
+        return node.target is aten.full.default and float(cast(float, node.args[1])).is_integer()
+    return not node.meta["val"].is_complex()
 
 
 def _is_bool(node: object) -> bool:

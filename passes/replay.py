@@ -4,27 +4,44 @@ A first layer's aggregate and the products that follow it are made of the model'
 anyway. So backward can compute them again, exactly, at the cost of that layer's forward. Deeper layers would need the
 layers before them again, too, and a dropout's decisions; those are rounded instead.
 
-What may be done again is bounded twice: by one layer's depth (no product of a product, no aggregate of an aggregate),
-and by a share of the forward's work, so that a wide first layer is not paid for twice. Within the share, what spares
-the most bytes for the work goes first.
+What may be done again is bounded three times: by one layer's depth (no product of a product, no aggregate of an
+aggregate); by size, no tensor larger than the largest that the step makes elsewhere, so that messages of wide features
+are not the peak of backward; and by a share of the forward's work. Within the share, what spares the most bytes for the
+work goes first.
 """
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx
 
 from . import _torch
 from .find import SavedActivation, numel_hint
-from .split import Split, first_use, is_size, is_tensor, is_view, writes
+from .plan import is_constant
+from .split import Split, first_use, is_input, is_size, is_tensor, is_view, writes
 
 aten = torch.ops.aten
 
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 TAKES = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default)
-SUMS = (aten.scatter_add.default, aten.index_put.default, aten.index_add.default)
-MAKERS = (aten.full.default, aten.cat.default, aten.arange.start_step, torch.ops.prims.iota.default)
+SUMS = {  # -> where what they sum is
+    aten.scatter_add.default: 3,
+    aten.index_put.default: 2,
+    aten.index_add.default: 3,
+    torch.ops.actcompile.spmm.default: 3,
+    torch.ops.actcompile.spmm_transposed.default: 3,
+}
+MAKERS = (
+    aten.full.default,
+    aten.cat.default,
+    aten.arange.start_step,
+    torch.ops.prims.iota.default,
+    aten.scalar_tensor.default,
+    aten.searchsorted.Tensor,
+    aten.scatter.src,
+)
 INTENSITY = 16  # floating-point operations that take as long as moving one byte
 
 
@@ -65,14 +82,34 @@ def replay(split: Split, activations: Iterable[SavedActivation], share: float) -
     Returns:
         those that went, in the order of their first use in backward.
     """
-    activations = list(activations)
+    activations = [a for a in activations if not is_constant(a.node)]  # those take no work: the plan makes them anew
     exact = {n for n, _ in split.pairs if is_tensor(n)} - {a.node for a in activations}
     depths = _depths(split, exact)
-    shares = _chosen([a for a in activations if a.node in depths], exact, split, share)
+    candidates = _no_larger_than_the_rest([a for a in activations if a.node in depths], exact, split)
+    shares = _chosen(candidates, exact, split, share)
     copies: dict[fx.Node, fx.Node] = {}
     for activation in (found := sorted(shares, key=lambda a: first_use(a.placeholder))):
         _copy(split, activation, _cone(activation.node, exact, copies), copies)
     return [Replayed(activation, shares[activation]) for activation in found]
+
+
+def _no_larger_than_the_rest(
+    candidates: list[SavedActivation], exact: Collection[fx.Node], split: Split
+) -> list[SavedActivation]:
+    """Those for which backward makes no tensor again that is larger than all that the step makes besides.
+
+    While backward runs more is alive than when forward began: what was forward's peak would be a higher one.
+    """
+    cones = {a: _cone(a.node, exact, ()) for a in candidates}
+    inside = {node for cone in cones.values() for node in cone}
+    outside = [n for g in (split.forward.graph, split.backward.graph) for n in g.nodes if n not in inside]
+    limit = max(map(_made, outside), default=0.0)
+    return [a for a, cone in cones.items() if all(_made(node) <= limit for node in cone)]
+
+
+def _made(node: fx.Node) -> float:
+    """The bytes of the tensor that a node makes; none for an input, a view and what is no tensor."""
+    return _nbytes(node) if node.op == "call_function" and is_tensor(node) and not is_view(node) else 0.0
 
 
 def _chosen(
@@ -106,7 +143,7 @@ def work(node: fx.Node) -> float:
     if node.target in TAKES:
         return _nbytes(node)
     if node.target in SUMS:
-        return max(_nbytes(n) for n in node.all_input_nodes if is_tensor(n) and n.meta["val"].is_floating_point())
+        return _nbytes(cast(fx.Node, node.args[SUMS[node.target]]))
     return 0.0
 
 
@@ -118,10 +155,10 @@ def _depths(split: Split, exact: Collection[fx.Node]) -> dict[fx.Node, _Depth]:
     """The forward nodes that backward can compute again by one layer's work."""
     found: dict[fx.Node, _Depth] = {}
     for node in split.forward.graph.nodes:
-        if node in exact or (node.op == "placeholder" and not any(map(writes, node.users))):
+        if node in exact or (is_input(node) and not any(map(writes, node.users))):
             found[node] = _Depth()
             continue
-        if not _is_repeatable(node) or not all(split.knows(size) for size in node.meta["val"].shape):
+        if not _is_repeatable(node) or not all(split.knows(size) for v in _values(node) for size in v.shape):
             continue
         depth = _Depth()
         for operand in node.all_input_nodes:
@@ -139,13 +176,21 @@ def _depths(split: Split, exact: Collection[fx.Node]) -> dict[fx.Node, _Depth]:
 
 
 def _is_repeatable(node: fx.Node) -> bool:
-    """Whether a node makes a tensor, and the same one each time."""
+    """Whether a node makes a tensor, or views, and the same each time."""
     target = node.target
+    if is_view(node):
+        return True
     if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or writes(node):
         return False
-    if torch.Tag.nondeterministic_seeded in target.tags:
+    if torch.Tag.nondeterministic_seeded in target.tags or _torch.makes_sizes(node):
         return False
-    return is_view(node) or torch.Tag.pointwise in target.tags or target in (*PRODUCTS, *TAKES, *SUMS, *MAKERS)
+    return torch.Tag.pointwise in target.tags or target in (*PRODUCTS, *TAKES, *SUMS, *MAKERS)
+
+
+def _values(node: fx.Node) -> list[torch.Tensor]:
+    """What a node makes: a tensor, or the views of `split` or `unbind`."""
+    value = node.meta["val"]
+    return [value] if isinstance(value, torch.Tensor) else list(value)
 
 
 def _is_column(node: fx.Node) -> bool:

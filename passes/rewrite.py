@@ -8,9 +8,9 @@ from torch import fx
 
 from .codecs import Keep, Narrow, Quantize, Recompute
 from .encode import Seeds, encode
-from .find import SavedActivation, dense_order
+from .find import SavedActivation, dense_order, memory_order
 from .plan import Choice, Plan
-from .split import Split, call, first_use, inherit_origin
+from .split import Split, call, first_use, inherit_origin, renew_views
 from .standardise import Standard, standard
 
 aten = torch.ops.aten
@@ -34,11 +34,11 @@ def rewrite(split: Split, plan: Plan) -> Split:
 def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
     """Saves the encoded parts in the activation's place, and decodes them before its first use in backward.
 
-    Encoded is the activation in the order of its memory, contiguous; its own strides come back by a permutation.
+    Encoded is the activation in the order of its memory; its own strides come back by a permutation, without the gaps
+    that a view of a larger tensor has.
     """
     activation, value = choice.activation, choice.activation.value
-    order = dense_order(value)
-    assert order is not None  # find refuses others
+    order = memory_order(value)
     standardised = None
     if isinstance(choice.codec, Quantize) and choice.codec.standardised:
         standardised = standard(activation.node)
@@ -51,7 +51,7 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
         encoded, decode = encode(split, choice.codec, x, seeds)
     if isinstance(choice.codec, Narrow) and not isinstance(activation.bound, int):
         _assert_fits(split, activation, choice.codec.dtype)
-    name, old = activation.node.name, activation.placeholder
+    name, old = activation.node.name.replace("primals_", "crossing_"), activation.placeholder  # torch reads "primals"
     labels = [f"{name}_{part}" for part in PARTS[: len(encoded)]]
     inputs = [split.save(e, label, like=activation.node) for e, label in zip(encoded, labels, strict=True)]
     for users in _uses_apart(old):
@@ -62,10 +62,15 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
             if x is not source:
                 back = [order.index(d) for d in range(value.dim())]
                 decoded = call(split.backward.graph, aten.permute.default, decoded, back)
-        inherit_origin(decoded, old)
-        decoded.meta["val"] = old.meta["val"]
         for user in users:
             user.replace_input_with(old, decoded)
+        if decoded in inputs:
+            continue
+        inherit_origin(decoded, old)
+        if dense_order(value) is not None:
+            decoded.meta["val"] = old.meta["val"]
+        else:
+            renew_views(decoded)
     split.drop(old)
 
 

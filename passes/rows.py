@@ -13,9 +13,16 @@ from torch import fx
 from . import _torch
 from .split import Split, is_tensor, writes
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.actcompile
 
-TRANSPOSED = {"take": "sum", "sum": "take", "mul": "mul", "div": "div"}
+TRANSPOSED = {
+    "take": "sum",
+    "sum": "take",
+    "mul": "mul",
+    "div": "div",
+    "spmm": "spmm_transposed",
+    "spmm_transposed": "spmm",
+}
 Map = Counter[tuple[tuple[str, object], ...]]
 """A map of rows as a sum of products. The factors of each, first to last, are kinds of `RowOp` and what they go by."""
 
@@ -41,6 +48,8 @@ class Names:
 
     def of_rows(self, by: object) -> object:
         """The name of an index, whether it is a column or not; those of other values as they are."""
+        if isinstance(by, tuple):
+            return tuple(self.of(value) for value in by)
         maker = self.maker(by)
         match maker:
             case fx.Node(target=aten.view.default | aten.unsqueeze.default, args=(rows, *_)) if _index(rows):
@@ -72,18 +81,23 @@ class RowOp:
     """A node that maps the rows of a matrix.
 
     kind: "take", for the rows that the index `by` names; "sum", where row k is added to row `by[k]` of zeros; "mul" and
-    "div", with one number for each row or one for all. An index may be a column.
+    "div", with one number for each row or one for all; "spmm" and "spmm_transposed", with the sparse matrix of three
+    arrays. An index may be a column.
     """
 
     kind: str
     matrix: fx.Node
-    by: fx.Node | float
+    by: fx.Node | float | tuple[object, ...]
 
 
 def row_op(node: fx.Node, names: Names) -> RowOp | None:
     """How a node maps the rows of a matrix, or None where it does something else."""
     found: tuple[str, object, fx.Node | float | None] | None = None
     match node:
+        case fx.Node(target=ops.spmm.default, args=(pointer, index, value, fx.Node() as matrix)):
+            return RowOp("spmm", matrix, (pointer, index, value))
+        case fx.Node(target=ops.spmm_transposed.default, args=(pointer, index, value, fx.Node() as matrix, _)):
+            return RowOp("spmm_transposed", matrix, (pointer, index, value))
         case fx.Node(target=aten.index.Tensor, args=(matrix, [index])):
             found = "take", matrix, _index(index)
         case fx.Node(target=aten.index_select.default, args=(matrix, 0, index)):

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import fx
 
-from .split import is_tensor
+from .split import is_tensor, is_view, root
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -18,9 +18,8 @@ ALWAYS = {aten.relu, aten.abs, aten.exp, aten.sigmoid, aten.sqrt, aten.rsqrt, at
 ALWAYS |= {prims.inductor_random}
 LIKE_ALL_INPUTS = {  # never negative if no float among their tensors is
     aten.add, aten.mul, aten.div, aten.cat, aten.maximum, aten.minimum, aten.where, aten.scatter_add, aten.index_add,
-    aten.index_put, aten.sum, aten.mean, aten.amax, aten.amin, aten.clone, aten.alias, aten.detach,
-    aten.view, aten.reshape, aten.expand, aten.permute, aten.slice, aten.select, aten.unsqueeze, aten.squeeze,
-    aten.index, aten.index_select, aten.gather, aten._to_copy, prims.convert_element_type,
+    aten.index_put, aten.sum, aten.mean, aten.amax, aten.amin, aten.clone, aten.index, aten.index_select, aten.gather,
+    aten._to_copy, prims.convert_element_type,
 }  # fmt: skip
 
 
@@ -31,6 +30,8 @@ def never_negative(node: fx.Node) -> bool:
         return False
     if node.meta["val"].dtype in (torch.bool, torch.uint8):
         return True
+    if is_view(node):
+        return root(node).meta["val"].dtype is node.meta["val"].dtype and never_negative(root(node))
     packet = getattr(node.target, "overloadpacket", None)
     numbers = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
     if packet in ALWAYS:

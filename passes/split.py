@@ -1,5 +1,6 @@
 """`Split`: the forward and the backward graph, and which output of the one is which input of the other."""
 
+import operator
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import fx
 
 from . import _torch
+
+CROSSING = "actcompile_crossing"  # marks an input that was handed on across a graph break
 
 
 class Split:
@@ -21,16 +24,33 @@ class Split:
         forward, backward: what torch's partitioner returned; both are changed in place.
         outputs: number of the forward's outputs that are not saved activations.
         parameters: names of the forward's inputs that live from step to step, parameters and buffers.
+        crossing: positions of Dynamo's inputs that come from before a graph break: nothing holds them but what saves them.
+        handed_on: whether the user's outputs go on to what follows a graph break, and are not held by the user.
     """
 
     def __init__(
-        self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int, parameters: Collection[str] = ()
+        self,
+        forward: fx.GraphModule,
+        backward: fx.GraphModule,
+        outputs: int,
+        parameters: Collection[str] = (),
+        crossing: Collection[int] = (),
+        handed_on: bool = False,
     ) -> None:
         self.forward, self.backward = forward, backward
         self.parameters = {n for n in forward.graph.find_nodes(op="placeholder") if n.name in parameters}
         self.output = forward.graph.output_node()
         returned = list(self.output.args[0])  # type: ignore[arg-type]
         self.user_outputs: list[Any] = returned[:outputs]
+        described = self.output.meta.get("desc") or [None] * outputs
+        self.returned = {  # what the user holds
+            root(n)
+            for n, descriptor in zip(self.user_outputs, described, strict=False)
+            if isinstance(n, fx.Node) and (not handed_on or _torch.is_input_mutation(descriptor))
+        }
+        for node in forward.graph.find_nodes(op="placeholder"):
+            if _torch.input_position(node) in crossing and is_tensor(node) and not any(map(writes, node.users)):
+                node.meta[CROSSING] = True
         saved, inputs = returned[outputs:], backward.graph.find_nodes(op="placeholder")
         sizes = sum(is_size(n) for n in saved)
         # By position: states of random generators (of checkpointed regions) have another name in either graph.
@@ -66,15 +86,28 @@ class Split:
     def save_symbol(self, symbol: Any) -> fx.Node:
         """Saves the value of a size's symbol, which torch leaves out where only sums with it are needed."""
         node, dim = self._dimension(symbol)  # type: ignore[misc]
-        graph = self.forward.graph
-        with graph.inserting_after(max(node, *graph.find_nodes(op="placeholder"))):
-            size = call(graph, torch.ops.aten.sym_size.int, node, dim, like=node)
+        graph, size = self.forward.graph, node
+        if dim is not None:
+            with graph.inserting_after(max(node, *graph.find_nodes(op="placeholder"))):
+                size = call(graph, torch.ops.aten.sym_size.int, node, dim, like=node)
         first = next((p for _, p in self.pairs if is_tensor(p)), None) or self._first_runtime_input()
         with self.backward.graph.inserting_before(first):
-            placeholder = self.backward.graph.placeholder(f"{size.name}_{symbol}")
+            placeholder = self.backward.graph.placeholder(f"size_{symbol}")
         placeholder.meta["val"] = size.meta["val"]
         self.pairs.append((size, placeholder))
         return placeholder
+
+    def symbols(self, activations: Iterable[Any]) -> dict[str, Any]:
+        """The symbols, by name, in the sizes of saved tensors and of the memory that they are views of."""
+        values = [n.meta["val"] for a in activations for n in (a.node, root(a.node)) if is_tensor(n)]
+        return _torch.symbols(size for value in values for size in value.shape)
+
+    def hand_on(self, sizes: Iterable[Any]) -> None:
+        """Saves the values of symbols, each as such, so that a run tells them."""
+        saved = {_torch.expression(n.meta["val"]) for n, _ in self.pairs if is_size(n)}
+        for symbol in map(_torch.expression, sizes):
+            if symbol not in saved and self._dimension(symbol):
+                self.save_symbol(symbol)
 
     def size_in_backward(self, size: Any) -> Any:
         """An int, or a node of the backward graph that has this symbolic size, made at its insertion point."""
@@ -97,10 +130,40 @@ class Split:
         saved = {_torch.expression(v) for _, p in self.pairs if isinstance(v := p.meta.get("val"), torch.SymInt)}
         return expression in saved or all(s in saved or self._dimension(s) for s in expression.free_symbols)
 
-    def _dimension(self, symbol: Any) -> tuple[fx.Node, int] | None:
-        """A forward tensor, and its dimension whose size is a symbol."""
+    def is_free(self, node: fx.Node) -> bool:
+        """Whether saving a forward node costs no memory, since it is alive anyway: nothing of ours changes it."""
+        base = root(node)
+        return is_input(base) or base.op == "get_attr" or base in self.returned
+
+    def copy_to_forward(self, node: fx.Node, origin: dict[fx.Node, fx.Node]) -> fx.Node:
+        """The forward node that computes what backward's `node` computes: one that is there already, or a copy.
+
+        Args:
+            origin: as the method of this name returns it; what is found is added.
+        """
+        if node in origin:
+            return origin[node]
+        args = fx.map_arg(node.args, lambda n: self.copy_to_forward(n, origin))
+        kwargs = fx.map_arg(node.kwargs, lambda n: self.copy_to_forward(n, origin))
+        inputs: list[fx.Node] = []
+        fx.map_arg((args, kwargs), inputs.append)
+        for user in inputs[0].users if inputs else ():
+            if user.op == node.op and user.target == node.target and (user.args, user.kwargs) == (args, kwargs):
+                origin[node] = user
+                return user
+        graph = self.forward.graph
+        with graph.inserting_after(max([*inputs, *graph.find_nodes(op="placeholder")])):
+            copy = graph.node_copy(node, lambda n: origin[n])
+        origin[node] = copy
+        return copy
+
+    def _dimension(self, symbol: Any) -> tuple[fx.Node, int | None] | None:
+        """A forward node that is a size of this symbol (with None), or a tensor and its dimension that has it."""
         for node in self.forward.graph.nodes:
-            for dim, size in enumerate(node.meta["val"].shape if is_tensor(node) else ()):
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and _torch.expression(value) == symbol:
+                return node, None
+            for dim, size in enumerate(value.shape if is_tensor(node) else ()):
                 if not isinstance(size, int) and _torch.expression(size) == symbol:
                     return node, dim
         return None
@@ -121,6 +184,27 @@ class Split:
             self.drop(placeholder)
         return [n for n, _ in unused]
 
+    def kept_inputs(self) -> tuple[int, ...]:
+        """Positions of Dynamo's inputs that come from before a graph break and are saved as they are."""
+        saved = {root(n) for n, _ in self.pairs}
+        positions = (
+            _torch.input_position(n)
+            for n in self.forward.graph.find_nodes(op="placeholder")
+            if n in saved and not is_input(n)
+        )
+        return tuple(p for p in positions if p is not None)
+
+    def kept_outputs(self) -> tuple[int, ...]:
+        """Positions of Dynamo's outputs that go on behind a graph break and are saved as they are."""
+        saved = {root(n) for n, _ in self.pairs} - self.returned
+        described = zip(self.user_outputs, self.output.meta.get("desc") or (), strict=False)
+        positions = (
+            _torch.output_position(d)
+            for n, d in described
+            if isinstance(n, fx.Node) and root(n) in saved and not is_input(root(n))
+        )
+        return tuple(p for p in positions if p is not None)
+
     def finish(self) -> None:
         """Writes the saved values back to the forward's output and recompiles both graphs."""
         saved = [n for n, _ in self.pairs]
@@ -136,6 +220,11 @@ class Split:
 
 def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_input(node: fx.Node) -> bool:
+    """Whether a node is an input of the model, a parameter or a buffer: alive anyway, whoever saves it."""
+    return node.op == "placeholder" and CROSSING not in node.meta
 
 
 def is_size(node: fx.Node) -> bool:
@@ -160,8 +249,10 @@ def inherit_origin(node: fx.Node, like: fx.Node) -> None:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a node's value shares memory with its first argument."""
+    """Whether a node's value, or each of a list of values, shares memory with its first argument."""
     target = node.target
+    if target is operator.getitem:
+        return is_view(node.args[0])  # type: ignore[arg-type]  # one of the views that `split` or `unbind` returns
     if not isinstance(target, torch._ops.OpOverload):
         return False
     returns = target._schema.returns
@@ -199,3 +290,13 @@ def first_use(placeholder: fx.Node, users: Iterable[fx.Node] | None = None) -> f
     for view in moved:
         first.prepend(view)
     return moved[0] if moved else first
+
+
+def renew_views(node: fx.Node) -> None:
+    """Gives all views of a node the fake values that follow from its own."""
+    for user in node.users:
+        if is_view(user):
+            with _torch.fake_values(node.graph):
+                args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: n.meta["val"])
+                user.meta["val"] = user.target(*args, **kwargs)  # type: ignore[operator]
+            renew_views(user)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from . import _torch
-from .find import SavedActivation, dense_order
+from .find import SavedActivation, memory_order
 from .split import Split, call, is_tensor, is_view, root
 
 aten = torch.ops.aten
@@ -75,7 +75,7 @@ def offer(split: Split, activations: Iterable[SavedActivation]) -> None:
         if not _from_linear_layer(x) or standard(x) is not None:
             continue
         width = value.shape[-1]
-        if dense_order(value) != list(range(value.dim())) or not isinstance(width, int):
+        if memory_order(value) != list(range(value.dim())) or not isinstance(width, int):
             continue
         if activation.numel < FEWEST_ROWS * width:
             continue

@@ -67,6 +67,29 @@ def step(function: Callable[..., Any], inputs: Iterable[Any], parameters: Iterab
     return [t if t is None else t.detach().clone() for t in (*leaves(outputs), *gradients)]
 
 
+def held_bytes(outputs: Any, alive: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward of `outputs`.
+
+    Args:
+        alive: tensors that are alive anyway, such as parameters and inputs; those and `outputs` themselves are free.
+    """
+    free = {t.untyped_storage().data_ptr() for t in (*alive, *leaves(outputs))}
+    held: dict[int, int] = {}
+    todo, seen = [t.grad_fn for t in leaves(outputs)], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names = [n for n in dir(node) if n.startswith("_saved") or n in ("saved_tensors", "_tensors_no_vc_check")]
+        for tensor in leaves([getattr(node, name) for name in names]):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in free:
+                held[storage.data_ptr()] = storage.nbytes()
+        todo += [function for function, _ in node.next_functions]
+    return sum(held.values())
+
+
 def assert_equal(ours: list[Any], reference: list[Any]) -> None:
     """Equal to the bit, up to the sign of zero."""
     assert len(ours) == len(reference)

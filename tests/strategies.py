@@ -40,7 +40,13 @@ def explicit_levels(draw, bits: int) -> str:
 
 @st.composite
 def formats(draw, bits=None, levels=None, metadata=None, blocks=None) -> BlockFormat:
-    bits = draw(st.sampled_from((1, 2, 4, 8))) if bits is None else bits
+    bits = draw(
+        st.sampled_from((1, 2, 4, 8))
+        if bits is None
+        else bits
+        if isinstance(bits, st.SearchStrategy)
+        else st.just(bits)
+    )
     named = st.sampled_from(LEVELS)
     if levels is None:
         levels = draw(st.one_of(named, explicit_levels(bits)) if bits in EXPLICIT_BITS else named)

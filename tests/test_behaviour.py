@@ -166,8 +166,8 @@ def test_no_grad_quantises_nothing_and_leaves_the_random_state():
     assert explain(model).graphs == ()
 
 
-def test_eval_quantises_only_for_gradients():
-    model, (x, edges) = compress(gnn(), **SAVED).eval(), graph()
+def test_what_is_rounded_in_eval_mode_changes_no_output():
+    model, (x, edges) = compress(gnn(), **SAVED, when="always").eval(), graph()
     with torch.inference_mode(), Calls() as calls:
         out = model(x, edges)
     assert not calls.ours

@@ -27,6 +27,7 @@ from torch._dynamo.utils import counters
 torch.manual_seed(0)
 backend = sys.modules["actcompile.backend"]
 options, calls, partition = json.loads(sys.argv[1]), [], backend.partition
+training = (options or {}).pop("training", True)
 
 
 def counted(*args, **options):
@@ -41,6 +42,7 @@ if options is None:
 else:
     run = actcompile.compress(model, min_bytes=0, **options)
 x = torch.randn(256, 64)
+model.train(training)
 torch.manual_seed(1)
 run(x).square().sum().backward()
 report = actcompile.explain(model)
@@ -94,6 +96,19 @@ def test_a_warm_cache_gives_a_config_its_own_graph_and_report(process):
     assert process(None)["gradient"] == plain["gradient"]
 
 
+@pytest.mark.slow
+def test_a_warm_cache_gives_a_mode_its_own_graph(process):
+    trained, evaluated = process({"bits": 8}), process({"bits": 8, "training": False})
+    assert evaluated["hits"] == 0 and evaluated["partitioned"] == 1
+    assert any(c.startswith("quantize") for c in trained["codecs"])
+    assert not any(c.startswith("quantize") for c in evaluated["codecs"])
+    assert trained["gradient"] != evaluated["gradient"]
+    for training, first in ((True, trained), (False, evaluated)):
+        again = process({"bits": 8, "training": training})
+        assert again["hits"] == 1
+        assert {**again, "hits": 0, "partitioned": 1} == first
+
+
 CONFIGS = [Config(), Config(bits=4), Config(rules={"a": keep()}), Config(rules={"a": bits(8)}), Config(min_bytes=0)]
 
 
@@ -113,6 +128,12 @@ def test_the_partitioner_is_its_config_when_pickled():
         assert copied.config == config
         assert copied.uuid() == made.uuid()
         assert key(copied) == key(made) == key(Partitioner(config))
+
+
+def test_the_mode_is_part_of_the_identity():
+    trained, evaluated = (Partitioner(Config(), training) for training in (True, False))
+    assert trained.uuid() != evaluated.uuid() and key(trained) != key(evaluated)
+    assert not pickle.loads(pickle.dumps(evaluated)).training
 
 
 def test_no_two_configs_share_an_identity():

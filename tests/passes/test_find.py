@@ -64,15 +64,22 @@ def test_a_cast_of_a_parameter_is_refused_and_one_of_the_data_is_not():
     assert any(a.value.shape == X.shape and a.refusal is None for a in made)
 
 
-def test_memory_that_two_share_is_counted_once():
+def test_memory_that_two_share_is_counted_once_and_divided():
     def function(x, w, edges):
         h, edges = x @ w, torch.cat([edges, edges.flip(0)], 1)
         return h.exp().index_select(0, edges[0]) * h.index_select(0, edges[1])
 
     made = [a for a in found(function, X, W, graph()[1]) if a.value.dtype == torch.int64]
     assert [a.value.shape for a in made] == [(512,), (512,)]
-    assert sorted(a.nbytes for a in made) == [0, 2 * 512 * 8]  # both rows of one tensor
-    assert {a.refusal for a in made} == {"shares its memory with another saved activation"}
+    assert [a.nbytes for a in made] == [512 * 8, 512 * 8]  # both rows of one tensor
+    assert {a.refusal for a in made} == {None}
+
+
+def test_a_piece_is_counted_with_all_the_memory_that_it_keeps():
+    made = [a for a in found(lambda x, w, v: (x @ w)[:, :4].exp() @ v[:4], X, W, V) if a.refusal is None]
+    assert [(tuple(a.value.shape), a.nbytes) for a in made] == [((64, 4), 64 * 4 * 4)]
+    made = [a for a in found(lambda x, w, v: (x @ w).sin()[:, ::8] @ v[:4], X, W, V) if a.value.numel() == 64 * 4]
+    assert [(a.refusal, a.nbytes) for a in made] == [(None, 64 * 32 * 4)]
 
 
 def test_origin():

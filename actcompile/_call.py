@@ -1,0 +1,195 @@
+"""The call that a graph is compiled for: of which module, in which mode, and what of it the graph is a part of.
+
+Dynamo hands a backend a graph and its inputs, and no more. What else has to be known of the call stands on Python's
+stack, in the frame of torch's own wrapper around the compiled function.
+
+Where Dynamo cuts a model in several graphs, tensors go from one to the next. Such a tensor is an input of the next graph,
+but nothing holds it when the call is over, except what saves it for backward. It is told from the model's own inputs by
+what the call was given: whatever can be reached from its arguments, or from the module, is alive anyway.
+"""
+
+import gc
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from actcompile.passes._torch import (
+    FakeTensor,
+    GlobalStateSource,
+    Guard,
+    OptimizedModule,
+    StorageWeakRef,
+    eval_frame,
+    graph_break_of,
+    install_guard,
+    known_before_the_call,
+)
+
+MOST = 100_000  # objects that are looked through for tensors
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides about a graph beside the config; part of the compile caches' key.
+
+    Attributes:
+        training: whether the compiled module is in training mode; True for a function.
+        crossing: positions of the inputs that were made in this call before the graph, and that nothing else holds.
+        handed_on: whether what the graph returns goes on to more of the same call, and not to the caller.
+    """
+
+    training: bool = True
+    crossing: tuple[int, ...] = ()
+    handed_on: bool = False
+
+
+def situation(gm: fx.GraphModule, inputs: Sequence[Any]) -> Situation:
+    """That of the graph that is being compiled, from inside of a backend."""
+    wrapper = _wrapper()
+    if wrapper is None:
+        return Situation()
+    handed_on = graph_break_of(gm) is not None or _inside_submodule(wrapper)
+    return Situation(in_training(), _crossing(gm, inputs, wrapper), handed_on)
+
+
+def in_training() -> bool:
+    """Whether the compiled module whose call is running is in training mode; True in the call of a function."""
+    wrapper = _wrapper()
+    module = None if wrapper is None else _module(wrapper)
+    return True if module is None else module.training
+
+
+def guard_on_mode() -> None:
+    """Has the graph that is being compiled taken only in calls that are in the same mode as this one.
+
+    Dynamo itself guards on `training` where forward reads it, and only there: the layers of most graph networks never
+    do. A graph of a submodule, or of a function that the module calls, has the compiled module's mode.
+    """
+    training = in_training()
+
+    def create(builder: Any, _: Guard) -> None:
+        what = [f"actcompile: the compiled module is in {'training' if training else 'eval'} mode"]
+        builder.guard_manager.root.add_lambda_guard(lambda _: in_training() is training, what, None)
+
+    install_guard(Guard(GlobalStateSource(), create))
+
+
+def _wrapper() -> FrameType | None:
+    """The frame of the innermost running call of what `torch.compile` returned (2.11 to 2.14)."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__:
+            break
+        frame = frame.f_back
+    return frame
+
+
+def _module(wrapper: FrameType) -> nn.Module | None:
+    """The module whose call was compiled: by `torch.compile(module)`, by `module.compile()`, or its method alone."""
+    caller = wrapper.f_back
+    owner = caller.f_locals.get("self") if caller is not None else None
+    if isinstance(owner, OptimizedModule):
+        return owner._orig_mod
+    if isinstance(owner, nn.Module) and caller is not None and _calls_a_module(caller):
+        return owner
+    method_of = getattr(wrapper.f_locals.get("fn"), "__self__", None)
+    return method_of if isinstance(method_of, nn.Module) else None
+
+
+def _calls_a_module(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == nn.modules.module.__file__
+
+
+def _inside_submodule(wrapper: FrameType) -> bool:
+    """Whether the graph being compiled is of a module that the compiled one, left to Python in parts, calls."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not wrapper:
+        if _calls_a_module(frame):
+            return frame.f_locals.get("self") is not _module(wrapper)
+        frame = frame.f_back
+    return False
+
+
+_made: dict[StorageWeakRef, bool] = {}
+"""The memory that graphs return to the middle of a call, and whether they save it as it is."""
+
+
+def _crossing(gm: fx.GraphModule, inputs: Sequence[Any], wrapper: FrameType) -> tuple[int, ...]:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    candidates = [
+        i
+        for i, (tensor, placeholder) in enumerate(zip(inputs, placeholders, strict=True))
+        if type(tensor) in (torch.Tensor, FakeTensor)
+        and tensor.layout is torch.strided
+        and not (tensor.is_leaf and tensor.requires_grad)
+        and not known_before_the_call(placeholder)
+    ]
+    if not candidates:
+        return ()
+    given = [wrapper.f_locals.get(name) for name in ("fn", "args", "kwargs")]
+    alive = _memory_of([_module(wrapper), *given])
+    return () if alive is None else tuple(i for i in candidates if not _is_held(inputs[i], alive))
+
+
+def _is_held(tensor: torch.Tensor, alive: set[StorageWeakRef]) -> bool:
+    memory = StorageWeakRef(tensor.untyped_storage())
+    if memory in alive:
+        return True
+    if memory in _made:
+        return _made[memory]
+    maker = (tensor if tensor._base is None else tensor._base).grad_fn  # of Python's, between two graphs
+    return any(name.startswith("_saved_") and "result" in name for name in dir(type(maker)))
+
+
+def _memory_of(objects: Iterable[Any]) -> set[StorageWeakRef] | None:
+    """The memory of all tensors that can be reached from objects; None where there is too much to look through."""
+    memory, seen, todo = set(), set(), list(objects)
+    while todo:
+        found = todo.pop()
+        if id(found) in seen or isinstance(found, type | ModuleType | CodeType | FrameType | str | int | float):
+            continue
+        seen.add(id(found))
+        if len(seen) > MOST:
+            return None
+        if isinstance(found, torch.Tensor):
+            if found.layout is torch.strided:
+                memory.add(StorageWeakRef(found.untyped_storage()))
+            todo += vars(found).values()
+        elif isinstance(found, nn.Module):
+            todo += [value for name, value in vars(found).items() if name != "_compiled_call_impl"]
+            todo.append(type(found).forward)  # what it closes over
+        elif isinstance(found, FunctionType):
+            todo += [*(found.__closure__ or ()), found.__defaults__, found.__kwdefaults__]
+        else:
+            todo += gc.get_referents(found)
+    return memory
+
+
+def noted(
+    compiled: Callable[..., Any], kept_inputs: Iterable[int], kept_outputs: Iterable[int]
+) -> Callable[..., Sequence[Any]]:
+    """A compiled graph that leaves word for those that are compiled later in the same call.
+
+    Args:
+        kept_inputs, kept_outputs: positions of what the graph saves as it is.
+    """
+    kept_inputs, kept_outputs = tuple(kept_inputs), frozenset(kept_outputs)
+
+    def run(*inputs: Any) -> Sequence[Any]:
+        outputs = compiled(*inputs)
+        for memory in [memory for memory in _made if memory.expired()]:
+            del _made[memory]
+        for position, output in enumerate(outputs):
+            if isinstance(output, torch.Tensor) and output.layout is torch.strided:
+                _made[StorageWeakRef(output.untyped_storage())] = position in kept_outputs
+        for position in kept_inputs:
+            _made[StorageWeakRef(inputs[position].untyped_storage())] = True
+        return outputs
+
+    return run

@@ -1,0 +1,105 @@
+"""Sizes that depend on data stay in one graph, for our backends alone.
+
+`x[mask]` and `nonzero`, as in the self-loops of GCNConv and GATConv, make tensors whose size only a run knows. Dynamo
+ends a graph there, unless `torch._dynamo.config.capture_dynamic_output_shape_ops` is set, for the whole process. Here
+it is set while a frame is traced for a backend of ours, and for nothing else: not for other models, whenever and in
+whatever thread they are compiled, nor for the Python between graphs. Nothing guards on it, so nothing is compiled
+again for its sake.
+
+A frame that cannot be compiled so, because Python or a compiler needs to know such a size, is traced again without,
+as if the setting had never been.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+
+from actcompile.passes._torch import (
+    ConvertFrameAssert,
+    GuardOnDataDependentSymNode,
+    dynamo_config,
+    free_unbacked_symbols,
+    functorch_config,
+    innermost_backend,
+)
+
+Backend = TypeVar("Backend", bound=Callable[..., Any])
+
+SETTING = "capture_dynamic_output_shape_ops"
+_capturing: ContextVar[bool] = ContextVar(
+    "actcompile_capturing", default=False
+)  # not set where it is the user's setting
+
+
+class _NeedsSizes(RuntimeError):
+    """A graph with sizes that depend on data could not be compiled."""
+
+
+def capture_sizes(backend: Backend) -> Backend:
+    """Marks a `torch.compile` backend: Dynamo gives it sizes that depend on data inside its graphs."""
+
+    @functools.wraps(backend)
+    def compile_graph(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        if not (_capturing.get() and _depends_on_data(gm)):
+            return backend(gm, inputs, **options)
+        try:
+            # Backward now, not at its first call, so that what its compiler cannot do is known here.
+            with functorch_config.patch(force_non_lazy_backward_lowering=True):
+                return backend(gm, inputs, **options)
+        except Exception as error:
+            raise _NeedsSizes("sizes that depend on data could not be compiled") from error
+
+    compile_graph._captures_sizes = True  # type: ignore[attr-defined]
+    return compile_graph  # type: ignore[return-value]
+
+
+def _with_sizes(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """`ConvertFrameAssert.__call__`, which traces a frame and compiles its graphs, or raises."""
+
+    @functools.wraps(convert)
+    def call(self: ConvertFrameAssert, *args: Any, **options: Any) -> Any:
+        backend = innermost_backend(self)
+        backend = getattr(backend, "compiler_fn", backend)  # torch.compile keeps it in an object of its own
+        if getattr(dynamo_config, SETTING) or not getattr(backend, "_captures_sizes", False):
+            return convert(self, *args, **options)
+        token = _capturing.set(True)
+        try:
+            # Called under Dynamo's compile lock, so no other trace sees this, also where the setting is not per thread.
+            with dynamo_config.patch({SETTING: True}):
+                return convert(self, *args, **options)
+        except Exception as error:
+            if not any(isinstance(e, _NeedsSizes | GuardOnDataDependentSymNode) for e in _causes(error)):
+                raise
+        finally:
+            _capturing.reset(token)
+        return convert(self, *args, **options)
+
+    return call
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came of; Dynamo hides some as the context, or as an attribute, of others."""
+    seen: set[int] = set()
+    todo = [error]
+    while todo:
+        error = todo.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            yield error
+            todo += [error.__cause__, error.__context__, getattr(error, "inner_exception", None)]
+
+
+def _depends_on_data(gm: fx.GraphModule) -> bool:
+    """Whether a graph of Dynamo's has sizes that depend on data."""
+    return any(
+        isinstance(value := node.meta.get("example_value"), torch.Tensor | torch.SymInt | torch.SymFloat)
+        and free_unbacked_symbols(value)
+        for node in gm.graph.nodes
+    )
+
+
+ConvertFrameAssert.__call__ = _with_sizes(ConvertFrameAssert.__call__)  # type: ignore[method-assign]

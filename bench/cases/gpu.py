@@ -1,0 +1,265 @@
+"""What the compressor does on a GPU, in one short run: its tests, its kernels against a copy, and training steps.
+
+Every figure is written as soon as it is there, the most telling ones first; what no longer fits into the time is left out,
+and said to be. `--device cpu --tiny` tries the case itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actcompile.kernels import BlockFormat
+from bench import _torch
+from bench.measure import peak_memory, relative_error, saved_bytes, seconds
+from bench.registry import Options, case
+from bench.results import write
+from bench.variants import VARIANTS
+from bench.zoo import Brought
+
+FIRST = ("eager", "inductor", "default")
+THEN = ("lossless", "4-bit", "no-replay", "budget-0.5", "checkpoint")
+MODELS = ("sage", "gat", "gcn")
+SECTIONS = ("tests", "kernels", "steps", "products", "others")
+ENOUGH = {"tests": 120.0, "kernels": 30.0, "step": 60.0}  # seconds left, below which it is not begun
+Row = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """The rows so far, the clock, and what was asked for."""
+
+    options: Options
+    device: str
+    tiny: bool
+    file: str
+    rows: list[Row] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        return self.options.budget - (time.monotonic() - self.start)
+
+    def record(self, section: str, **figures: Any) -> None:
+        self.rows.append({"section": section, **figures})
+        shown = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        self.options.console.print(f"{section}: {shown}", markup=False, highlight=False)
+        write(self.options.out, self.file, self.content())
+
+    def content(self) -> Row:
+        bad = [r for r in self.rows if "failed" in r or r.get("correct") is False]
+        settings = {"device": self.device, "tiny": self.tiny, "budget_seconds": self.options.budget}
+        return {"settings": settings, "rows": self.rows, "correct": not bad}
+
+    def attempt(self, what: Callable[[], None], section: str, needs: float, **named: Any) -> None:
+        """Runs `what`; a failure, or too little time, is a row like others and does not stop the run."""
+        if self.left() < needs:
+            self.record(section, **named, skipped=f"{self.left():.0f} s were left")
+            return
+        try:
+            what()
+        except Exception as error:
+            self.record(section, **named, failed=f"{type(error).__name__}: {str(error)[:600]}")
+        finally:
+            gc.collect()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+
+
+@case("gpu", "on a CUDA device: the tests for it, kernels against a copy, steps of SAGE, GAT and GCN, ogbn-products' shape")
+def run(options: Options) -> Row:
+    device = options.device or "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        return {"skipped": "no CUDA device here; --device cpu --tiny tries the case itself"}
+    tiny = options.quick or options.size == "tiny"
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    state = Run(options, device, tiny, "gpu-" + re.sub("[^a-z0-9]+", "-", name.lower()))
+    sections = {"tests": _tests, "kernels": _kernels, "steps": _steps, "products": _products, "others": _others}
+    for section in SECTIONS:
+        if not options.sections or section in options.sections:
+            sections[section](state)
+    options.console.print(f"{time.monotonic() - state.start:.0f} s of {options.budget:.0f}", style="dim")
+    return state.content() | {"file": state.file}
+
+
+def _tests(state: Run) -> None:
+    root = Path(__file__).resolve().parents[2]
+
+    def tests() -> None:
+        if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
+            state.record("tests", skipped="pytest or hypothesis is not installed")
+            return
+        limit = min(240.0, state.left() - 60)
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"]
+        try:
+            ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired as late:
+            said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+            state.record("tests", skipped=f"stopped after {limit:.0f} s", said=said[-300:])
+            return
+        lines = (ended.stdout.strip() or ended.stderr.strip()).splitlines()
+        state.record("tests", correct=ended.returncode == 0, said=lines[-1] if lines else "")
+        if ended.returncode:
+            state.options.console.print(ended.stdout[-4000:], markup=False, highlight=False)
+
+    state.attempt(tests, "tests", ENOUGH["tests"])
+
+
+def _milliseconds(run: Callable[[], object], device: str, runs: int = 15) -> float:
+    for _ in range(3):
+        run()
+    return 1e3 * statistics.median(seconds(run, device) for _ in range(runs))
+
+
+def _kernels(state: Run) -> None:
+    rows = 4_096 if state.tiny else 4 * 169_344
+    if state.device == "cuda":
+        x = torch.randn(2**28, device="cuda")
+        y = torch.empty_like(x)
+        copied = _milliseconds(lambda: y.copy_(x), "cuda")
+        state.record("kernels", op="copy", terabytes_per_second=2 * x.nbytes / copied / 1e9)
+        del x, y
+    for width in (256, 100):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(rows, width, device=state.device, dtype=dtype)
+            for fmt in _formats():
+                named = {"width": width, "dtype": str(dtype)[6:], "bits": fmt.bits, "block": fmt.block}
+
+                def quantise(x: Tensor = x, fmt: BlockFormat = fmt, named: Row = named) -> None:
+                    state.record("kernels", **named, **_codec(x, fmt, state.device))
+
+                state.attempt(quantise, "kernels", ENOUGH["kernels"], **named)
+    state.attempt(lambda: _bits(state, rows), "kernels", ENOUGH["kernels"], op="pack_bits")
+
+
+def _formats() -> Iterator[BlockFormat]:
+    for bits in (2, 4, 8, 1):
+        for block in (64, 256, 1024):
+            yield BlockFormat(bits, block, "variance-minimising" if bits in (2, 4) else "uniform", torch.bfloat16)
+
+
+def _codec(x: Tensor, fmt: BlockFormat, device: str) -> Row:
+    """Encoding and decoding in times of a copy's speed; `of_bandwidth`: bytes moved in a second, of a copy's."""
+    ops, size = torch.ops.actcompile, list(x.shape)
+    seed = ops.draw_seed(1, x.device)
+    fields = fmt.bits, fmt.block, fmt.levels
+    encoded = ops.quantize(x, seed, 0, *fields, fmt.metadata, fmt.words)
+    restored = ops.dequantize(*encoded, size, x.dtype, *fields)
+    error = float((restored.float() - x.float()).norm() / x.float().norm())
+    y = torch.empty_like(x)
+    copy = _milliseconds(lambda: y.copy_(x), device)
+    encode = _milliseconds(lambda: ops.quantize(x, seed, 0, *fields, fmt.metadata, fmt.words), device)
+    decode = _milliseconds(lambda: ops.dequantize(*encoded, size, x.dtype, *fields), device)
+    moved = (x.nbytes + sum(t.nbytes for t in encoded)) / (2 * x.nbytes)
+    return {
+        "copy_ms": copy,
+        "encode_ms": encode,
+        "decode_ms": decode,
+        "encode_speed": copy / encode,
+        "decode_speed": copy / decode,
+        "encode_of_bandwidth": moved * copy / encode,
+        "decode_of_bandwidth": moved * copy / decode,
+        "error": error,
+    }
+
+
+def _bits(state: Run, rows: int) -> None:
+    ops = torch.ops.actcompile
+    mask = torch.rand(rows, 256, device=state.device) > 0.5
+    packed, out = ops.pack_bits(mask, 32), torch.empty_like(mask)
+    state.record(
+        "kernels",
+        op="pack_bits",
+        correct=torch.equal(ops.unpack_bits(packed, list(mask.shape)), mask),
+        copy_ms=_milliseconds(lambda: out.copy_(mask), state.device),
+        encode_ms=_milliseconds(lambda: ops.pack_bits(mask, 32), state.device),
+        decode_ms=_milliseconds(lambda: ops.unpack_bits(packed, list(mask.shape)), state.device),
+    )
+
+
+def _steps(state: Run) -> None:
+    for model in _models(state):
+        workload = Brought(model, "tiny" if state.tiny else "arxiv", device=state.device)
+        exact: list[Tensor] = []
+        for name in state.options.pick(FIRST):
+            _step(state, "steps", workload, name)
+        for name in state.options.pick((*FIRST, "lossless")):
+            _gradients(state, replace(workload, dropout=False), name, exact)
+
+
+def _others(state: Run) -> None:
+    for model in _models(state):
+        for name in state.options.pick(THEN):
+            _step(state, "steps", Brought(model, "tiny" if state.tiny else "arxiv", device=state.device), name)
+
+
+def _products(state: Run) -> None:
+    """Full batch: does a step fit, and what does it take?"""
+    for name in state.options.pick(("default", "inductor", "eager")):
+        _step(state, "products", Brought("sage", "tiny" if state.tiny else "products", device=state.device), name)
+
+
+def _models(state: Run) -> list[str]:
+    return [name for name in MODELS if not state.options.models or name in state.options.models]
+
+
+def _prepared(workload: Brought, name: str) -> Any:
+    """A training in this process, which forgets what the last one compiled and set."""
+    _torch.forget_compilations()
+    _torch.set_recompute_budget(1.0)
+    return workload.training(VARIANTS[name].prepare, VARIANTS[name].checkpointed)
+
+
+def _step(state: Run, section: str, workload: Brought, name: str) -> None:
+    def measure() -> None:
+        training = _prepared(workload, name)
+        first = seconds(training.step, state.device)
+        saved = saved_bytes(training.forward(), training.alive_anyway())
+        peak = peak_memory(training.step, state.device)
+        state.record(
+            section,
+            model=workload.model,
+            variant=name,
+            saved_bytes=saved,
+            peak_bytes=peak,
+            step_ms=_milliseconds(training.step, state.device, state.options.steps or 10),
+            first_step_seconds=first,
+        )
+
+    state.attempt(measure, section, ENOUGH["step"], model=workload.model, variant=name)
+
+
+def _gradients(state: Run, workload: Brought, name: str, exact: list[Tensor], seeds: int = 8) -> None:
+    """Errors relative to eager, which comes first and fills `exact`, of one step and of the mean of several."""
+
+    def measure() -> None:
+        training = _prepared(workload, name)
+        if name == "eager":
+            exact[:] = training.gradients(0)
+        if not exact:
+            state.record("gradients", model=workload.model, variant=name, skipped="eager was not run")
+            return
+        samples = [training.gradients(seed) for seed in range(seeds)]
+        mean = [torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)]
+        error = relative_error(samples[0], exact)
+        state.record(
+            "gradients",
+            model=workload.model,
+            variant=name,
+            correct=error <= VARIANTS[name].gradient_error,
+            error=error,
+            error_of_mean=relative_error(mean, exact),
+        )
+
+    state.attempt(measure, "gradients", ENOUGH["step"], model=workload.model, variant=name)

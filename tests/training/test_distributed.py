@@ -1,0 +1,54 @@
+"""Two processes over gloo, each with half of the batch: their gradients are those of one process with all of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training import ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(ranks.RANKS):
+        command = [sys.executable, "-m", "tests.training.ranks", str(rank), str(folder)]
+        log = folder.joinpath(f"{rank}.log").open("w")
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process in processes:  # one that waits for a rank that failed
+            process.kill()
+    assert codes == [0] * ranks.RANKS, folder.joinpath("0.log").read_text()[-4000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks.RANKS)]
+
+
+@pytest.fixture(scope="module")
+def exact():
+    model = ranks.Net()
+    return ranks.gradients(model, *ranks.whole())
+
+
+@pytest.mark.parametrize("kind", ["lossless", "rounded"])
+@pytest.mark.parametrize("way", ranks.WAYS)
+def test_gradients_are_those_of_the_whole_batch_and_ranks_agree(found, exact, way, kind):
+    results = [rank[way, kind] for rank in found]
+    before, after = results[0]["bytes"]
+    assert 0 < after < before / (1.5 if kind == "lossless" else 3)
+    for name, expected in exact.items():
+        first, *others = [result["gradients"][name] for result in results]
+        if expected is None:  # a layer that took no part
+            assert first is None or not first.any()
+            continue
+        assert all(torch.equal(first, other) for other in others), name
+        error = float((first - expected).norm() / expected.norm())
+        assert error < (1e-5 if kind == "lossless" else 0.05), name
+        assert kind == "lossless" or error > 1e-5 or name.endswith("bias"), f"{name} was not rounded"
