@@ -229,7 +229,7 @@ class _Check:
             left = self.judge(found, graphs)
             best = Remedy(
                 rules={m: str(r) for m, r in rules.items()},
-                bias=max(c.bias for c in left),
+                bias=max((c.bias for c in left if c.visible), default=0.0),
                 mended=not any(c.wrong for c in left),
                 bytes_after=sum(r.bytes_after for r in graphs.reports),
             )

@@ -81,7 +81,7 @@ class Remedy:
 
     Attributes:
         rules: all rules of the config with the new ones, from module pattern to rule, as Python text.
-        bias: the largest bias that is left, among the gradients that were wrong.
+        bias: the largest visible bias that is left, among the gradients that were wrong.
         mended: whether nothing is wrong with any of them.
         bytes_after: what is saved with these rules.
     """
