@@ -127,8 +127,8 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no gradient is wrong: biased though the plan claims that it is not, or by more than 2 %, or not
-        finite."""
+        """Whether no gradient is wrong: biased though the plan claims that it is not, or by more than 2 %, not finite,
+        or changed by passes that are exact."""
         return not any(gradient.wrong for gradient in self.gradients)
 
     def to_dict(self) -> dict[str, Any]:
