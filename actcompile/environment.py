@@ -22,7 +22,7 @@ from . import __version__
 from .backend import check_compilers
 from .datasets import cache_folder
 
-PACKAGES = ("numpy", "scipy", "networkx", "rich", "triton", "torch-geometric", "ogb")
+PACKAGES = ("numpy", "scipy", "rich", "triton", "torch-geometric", "ogb")
 
 
 @dataclass(frozen=True)
