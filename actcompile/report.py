@@ -235,9 +235,10 @@ def record(
     pieces = {n.name for s in without.values() if isinstance(s, Viewed) for n in s.instead}
     rows = []
     for choice in plan.choices:
-        was = before.pop((name := choice.activation.node.name), None)
-        added = "" if was or name in pieces else _why_added(choice.activation)
-        rows.append(_row(choice, was, added, reached.get(choice.activation.placeholder, ())))
+        a = choice.activation
+        was = before.pop(a.node.name, None)
+        added = "" if was or a.refusal or a.node.name in pieces else _why_added(a)
+        rows.append(_row(choice, was, added, reached.get(a.placeholder, ())))
     rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
     symbols = split.symbols(saved_before)
     return GraphReport(
