@@ -61,13 +61,18 @@ def compress(
         raise TypeError("model is compiled already; pass the module itself to compress, before torch.compile")
     _check_rules(model, made)
     graphs: list[LastRun] = []
-    # Isolated: models of one class share code objects, and with them a limit of eight compilations.
-    options = {"backend": _backend_with(made, graphs), "dynamic": dynamic, **_trace.isolated()}
-    _torch.compile_in_place(model, **options)
-    model._compiled_call_impl = accept_sparse(model, model._compiled_call_impl)  # type: ignore[assignment, arg-type]
+    compile_calls(model, _backend_with(made, graphs), dynamic)
     _configs[model], _compressed[model] = made, graphs
     _breaks.pop(model, None)
     return model
+
+
+def compile_calls(model: nn.Module, backend: Callable[..., Any], dynamic: bool | None) -> Any:
+    """Has calls of `model` compiled by a backend of ours; returns the function that torch made of its forward."""
+    # Isolated: models of one class share code objects, and with them a limit of eight compilations.
+    compiled = _torch.compile_in_place(model, backend=backend, dynamic=dynamic, **_trace.isolated())
+    model._compiled_call_impl = accept_sparse(model, compiled)  # type: ignore[assignment]
+    return compiled
 
 
 @capture_sizes
@@ -97,15 +102,23 @@ def _backend_with(config: Config, graphs: list[LastRun]) -> Callable[..., Any]:
 def _compile(gm: fx.GraphModule, inputs: list[Any], config: Config, graphs: list[LastRun]) -> Any:
     if (module := compiled_module()) is not None:
         _breaks.setdefault(module, []).extend(breaks(gm))
-    compiled, reports = compile_graph(gm, inputs, config)
-    made = [LastRun(report) for report in reports]
-    for graph in made:
-        compiled = graph.watch(compiled)
+    compiled, made = compile_watched(gm, inputs, config)
     graphs += made
     for tensor in [*inputs, *gm.parameters(), *gm.buffers()]:
         if isinstance(tensor, nn.Parameter) or getattr(tensor, "_dynamo_static_input_type", None):
             _compiled.setdefault(tensor, []).extend(made)
     return compiled
+
+
+def compile_watched(
+    gm: fx.GraphModule, inputs: list[Any], config: Config, only: frozenset[str] | None = None
+) -> tuple[Callable[..., Any], list[LastRun]]:
+    """`compile_graph`, whose reports have the sizes of the last run."""
+    compiled, reports = compile_graph(gm, inputs, config, only)
+    made = [LastRun(report) for report in reports]
+    for graph in made:
+        compiled = graph.watch(compiled)
+    return compiled, made
 
 
 def explain(
