@@ -31,6 +31,7 @@ from torch._dynamo.eval_frame import (
     OptimizedModule,  # what torch.compile(module) returns
     innermost_backend,
 )
+from torch._dynamo.exc import RestartAnalysis  # not an error: has Dynamo trace a frame once more
 from torch._dynamo.utils import graph_break_reasons
 
 # Descriptor of a forward output that is saved for backward; `output.meta["desc"]` must list one per output (2.11+).
@@ -100,6 +101,7 @@ __all__ = [
     "InvalidCxxCompiler",
     "ModularIndexing",
     "OptimizedModule",
+    "RestartAnalysis",
     "ConcatKernel",
     "Pointwise",
     "TensorBox",
