@@ -35,6 +35,7 @@ from torch._dynamo.eval_frame import (
 )
 from torch._dynamo.guards import install_guard
 from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
+from torch._dynamo.exc import RestartAnalysis  # not an error: has Dynamo trace a frame once more
 from torch._dynamo.utils import graph_break_reasons
 
 # Dynamo's list of functions that it asks `__torch_function__` about; it leaves out those of torch.sparse.
@@ -125,6 +126,7 @@ __all__ = [
     "InvalidCxxCompiler",
     "ModularIndexing",
     "OptimizedModule",
+    "RestartAnalysis",
     "ConcatKernel",
     "Pointwise",
     "TensorBox",
