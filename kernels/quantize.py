@@ -115,8 +115,6 @@ def quantize_reference(
 def _one_bit(values, used, low, high, marked, seed, salt, fmt, first_group):
     code = _round(values, low, high, torch.ones_like(low), torch.zeros_like(marked), seed, salt, fmt, first_group)
     middle = low + (high * 0.5 - low * 0.5)
-    if fmt.metadata == torch.bfloat16:
-        middle = _truncate(middle, torch.zeros_like(marked))
     above, below = ((used & (values == end)).any(2, keepdim=True) for end in (INFINITY, -INFINITY))
     code = torch.where(marked, torch.where(above, values == INFINITY, values != -INFINITY).int(), code)
     low = torch.where(marked, torch.where(below, -INFINITY, middle), low)
@@ -185,7 +183,7 @@ def dequantize_reference(
     for s in size:
         numel *= s
     x = x.reshape(-1)[:numel].reshape(list(size))
-    return finite_cast(x, x, dtype) if shift is None else unstandardised(x, shift, scale, dtype)
+    return finite_cast(x, dtype) if shift is None or scale is None else unstandardised(x, shift, scale, dtype)
 
 
 def _levels_between(level: Tensor, low: Tensor, high: Tensor, top: Tensor) -> Tensor:
@@ -197,16 +195,22 @@ def _levels_between(level: Tensor, low: Tensor, high: Tensor, top: Tensor) -> Te
     return x.clamp(-LARGEST, LARGEST)
 
 
-def unstandardised(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x / scale + shift`, and `shift` alone where the scale has no inverse; finite where the float32 `x` is."""
-    reciprocal = scale.reciprocal()
-    return finite_cast(x * torch.where(reciprocal.isfinite(), reciprocal, 0.0) + shift, x, dtype)
-
-
-def finite_cast(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts float32 `y`, to the largest number of `dtype` where that would overflow, unless `x` is infinite."""
+def finite_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts float32; to the largest number of `dtype` where that would overflow."""
     most = torch.finfo(dtype).max
-    return torch.where(x.isinf(), y, y.clamp(-most, most)).to(dtype)
+    return torch.where(x.isinf(), x, x.clamp(-most, most)).to(dtype)
+
+
+def unstandardised(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x / scale + shift` of float32 `x`, and `shift` alone where the scale has no inverse."""
+    y = x * inverse(scale) + shift
+    return finite_cast(y, dtype) if dtype == torch.float16 else y.to(dtype)
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """`1 / scale`, and 0 where that is not finite."""
+    reciprocal = scale.reciprocal()
+    return torch.where(reciprocal.isfinite(), reciprocal, 0.0)
 
 
 # ---- without a compiler --------------------------------------------------------------------------------------------
