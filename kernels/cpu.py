@@ -18,7 +18,7 @@ from ._torch import load_cpp
 from .format import BlockFormat, bit_words
 from .levels import decode_map, encode_map
 from .lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
-from .quantize import dequantize, dequantize_in_runs, empty_encoding, inverse, quantize, quantize_in_runs
+from .quantize import columns, dequantize, dequantize_in_runs, empty_encoding, quantize, quantize_in_runs
 
 log = logging.getLogger(__name__)
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -114,9 +114,9 @@ def _(
     if library is None or x.dtype not in KINDS:
         return quantize_in_runs(x, seed, salt, fmt, shift, scale)
     encoded = empty_encoding(x, fmt)
-    dense, columns = x.contiguous(), _columns(shift, scale)
+    dense, by_column = x.contiguous(), _by_column(shift, scale)
     library.quantize(
-        ctypes.addressof(native), dense.data_ptr(), KINDS[x.dtype], x.numel(), *map(_address, columns), _width(x.shape),
+        ctypes.addressof(native), dense.data_ptr(), KINDS[x.dtype], x.numel(), *map(_address, by_column), _width(x.shape),
         seed[salt].contiguous().data_ptr(), *(part.data_ptr() for part in encoded), _threads(x.numel()),
     )  # fmt: skip
     return encoded
@@ -141,9 +141,9 @@ def _(
         return dequantize_in_runs(words, low, high, size, dtype, fmt, shift, scale)
     x = torch.empty(list(size), dtype=dtype)
     parts = [part.contiguous() for part in (words, low, high)]
-    columns = _columns(shift, None if scale is None else inverse(scale))
+    by_column = _by_column(shift, scale, inverse=True)
     library.dequantize(
-        ctypes.addressof(native), *(part.data_ptr() for part in parts), x.numel(), *map(_address, columns),
+        ctypes.addressof(native), *(part.data_ptr() for part in parts), x.numel(), *map(_address, by_column),
         _width(size), x.data_ptr(), KINDS[dtype], _threads(x.numel()),
     )  # fmt: skip
     return x
@@ -171,8 +171,14 @@ def _(packed: Tensor, size: Sequence[int]) -> Tensor:
     return mask
 
 
-def _columns(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None else t.float().contiguous() for t in tensors]
+def _by_column(
+    shift: Tensor | None, scale: Tensor | None, inverse: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Shift and scale, or its inverse, as contiguous rows of numbers."""
+    if scale is None:
+        return None, None
+    shift, scale = columns(shift, scale)
+    return shift.contiguous(), (scale.reciprocal() if inverse else scale).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -43,11 +43,9 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 
-# Inductor's loop IR: a whole op as one loop body compiles ten times faster than as many aten ops.
-from torch._inductor.ir import ConcatKernel, Pointwise, TensorBox
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+# How Inductor compiles an op: the casts of ours, which are to fuse like any other.
+from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
-from torch._inductor.virtualized import ops as loop_ops
 
 # What TORCH_TRACE writes and tlparse reads.
 from torch._logging import trace_structured
@@ -67,7 +65,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_tru
 from torch.utils import _pytree as pytree
 
 # Turns a sympy expression into graph nodes; torch's own runtime-assert pass uses it so.
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing  # how Inductor spells divided sizes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import IntInfinity
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -79,14 +76,9 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
-    "FloorDiv",
     "IntInfinity",
     "InvalidCxxCompiler",
-    "ModularIndexing",
     "OptimizedModule",
-    "ConcatKernel",
-    "Pointwise",
-    "TensorBox",
     "ShapeEnv",
     "UnsupportedFakeTensorException",
     "V",
@@ -102,13 +94,11 @@ __all__ = [
     "eval_frame",
     "expression",
     "fake_values",
-    "fallback_handler",
     "get_cpp_compiler",
     "graph_break_reasons",
     "guards",
     "inductor_partition",
     "known_true",
-    "loop_ops",
     "lowerings",
     "make_boxed_func",
     "min_cut_rematerialization_partition",
