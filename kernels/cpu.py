@@ -116,8 +116,9 @@ def _(
     encoded = empty_encoding(x, fmt)
     dense, by_column = x.contiguous(), _by_column(shift, scale)
     library.quantize(
-        ctypes.addressof(native), dense.data_ptr(), KINDS[x.dtype], x.numel(), *map(_address, by_column), _width(x.shape),
-        seed[salt].contiguous().data_ptr(), *(part.data_ptr() for part in encoded), _threads(x.numel()),
+        ctypes.addressof(native), dense.data_ptr(), KINDS[x.dtype], x.numel(), *map(_address, by_column),
+        _width(x.shape), seed[salt].contiguous().data_ptr(), *(part.data_ptr() for part in encoded),
+        _threads(x.numel()),
     )  # fmt: skip
     return encoded
 
