@@ -14,7 +14,7 @@ from torch import fx
 
 import actcompile.kernels
 import actcompile.passes
-from actcompile.passes import _torch, loops_decode, loops_encode  # noqa: F401  register the ops' lowerings
+from actcompile.passes import _torch, lowerings  # noqa: F401  registers the lowerings of casts
 from actcompile.passes.apart import apart
 from actcompile.passes.bias import Dependence, bias
 from actcompile.passes.commute import commute
@@ -150,7 +150,7 @@ def source_hash() -> str:
     """A hash of everything that decides how a graph is rewritten; part of the compile caches' key."""
     digest = hashlib.sha256(torch.__version__.encode())
     for package in (actcompile.kernels, actcompile.passes, actcompile):
-        for file in sorted(Path(package.__path__[0]).glob("*.py")):
+        for file in sorted(f for f in Path(package.__path__[0]).iterdir() if f.suffix in (".py", ".cpp")):
             digest.update(file.read_bytes())
     return digest.hexdigest()
 

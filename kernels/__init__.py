@@ -1,6 +1,6 @@
 """Number formats and ops. Importing this package registers `torch.ops.actcompile.*`."""
 
-from . import cuda  # registers the ops on CUDA tensors
+from . import cpu, cuda  # register the ops on tensors of either
 from .format import BlockFormat, bit_words
 from .fp8 import cast_fp8, fp8_nbytes, restore_fp8
 from .lossless import narrow, pack_bits, unpack_bits, widen
@@ -16,6 +16,7 @@ __all__ = [
     "BlockFormat",
     "bit_words",
     "cast_fp8",
+    "cpu",
     "cuda",
     "dequantize",
     "draw_seed",

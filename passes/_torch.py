@@ -33,9 +33,9 @@ from torch._dynamo.eval_frame import (
     OptimizedModule,  # what torch.compile(module) returns
     innermost_backend,
 )
+from torch._dynamo.exc import RestartAnalysis  # not an error: has Dynamo trace a frame once more
 from torch._dynamo.guards import install_guard
 from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
-from torch._dynamo.exc import RestartAnalysis  # not an error: has Dynamo trace a frame once more
 from torch._dynamo.utils import graph_break_reasons
 
 # Dynamo's list of functions that it asks `__torch_function__` about; it leaves out those of torch.sparse.
@@ -67,11 +67,9 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 
-# Inductor's loop IR: a whole op as one loop body compiles ten times faster than as many aten ops.
-from torch._inductor.ir import ConcatKernel, Pointwise, TensorBox
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+# How Inductor compiles an op: the casts of ours, which are to fuse like any other.
+from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
-from torch._inductor.virtualized import ops as loop_ops
 
 # What TORCH_TRACE writes and tlparse reads.
 from torch._logging import trace_structured
@@ -99,7 +97,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 # Turns a sympy expression into graph nodes; torch's own runtime-assert pass uses it so.
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing  # how Inductor spells divided sizes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import IntInfinity
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -118,18 +115,13 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
-    "FloorDiv",
     "GlobalStateSource",
     "Guard",
     "GuardOnDataDependentSymNode",
     "IntInfinity",
     "InvalidCxxCompiler",
-    "ModularIndexing",
     "OptimizedModule",
     "RestartAnalysis",
-    "ConcatKernel",
-    "Pointwise",
-    "TensorBox",
     "ShapeEnv",
     "StorageWeakRef",
     "UnsupportedFakeTensorException",
@@ -152,7 +144,6 @@ __all__ = [
     "evaluate",
     "expression",
     "fake_values",
-    "fallback_handler",
     "formula",
     "free_unbacked_symbols",
     "functorch_config",
@@ -167,12 +158,10 @@ __all__ = [
     "is_input_mutation",
     "known_before_the_call",
     "known_true",
-    "least_product",
     "innermost_backend",
     "is_unbacked",
-    "known_true",
     "largest",
-    "loop_ops",
+    "least_product",
     "lowerings",
     "make_boxed_func",
     "makes_sizes",

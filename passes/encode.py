@@ -52,11 +52,14 @@ class Seeds:
                 self.placeholders[device].meta["val"] = node.meta["val"]
 
 
-def encode(split: Split, codec: Codec, x: fx.Node, seeds: Seeds) -> tuple[list[fx.Node], Decode]:
+def encode(
+    split: Split, codec: Codec, x: fx.Node, seeds: Seeds, by: Callable[[fx.Graph], tuple[fx.Node, ...]] | None = None
+) -> tuple[list[fx.Node], Decode]:
     """Encodes a tensor `x` at the forward graph's insertion point; returns what is to be saved.
 
     Args:
         x: its dimensions are in the order of memory. Decoded it is contiguous.
+        by: makes the shift and the scale of the columns of `x` at the insertion point of either graph, for `Quantize`.
 
     Raises:
         TypeError: the codec keeps nothing, or keeps it as it is.
@@ -69,11 +72,11 @@ def encode(split: Split, codec: Codec, x: fx.Node, seeds: Seeds) -> tuple[list[f
                 return _projected(split, codec, x, seeds)
             seed, salt = seeds.draw(value.device)
             fields = (fmt.bits, fmt.block, fmt.levels)
-            encoded = _parts(
-                graph, call(graph, ops.quantize.default, x, seed, salt, *fields, fmt.metadata, fmt.words, like=x)
-            )
+            columns = by or (lambda graph: ())
+            whole = (*fields, fmt.metadata, fmt.words, *columns(graph))
+            encoded = _parts(graph, call(graph, ops.quantize.default, x, seed, salt, *whole, like=x))
             return encoded, lambda parts, sizes: call(
-                back, ops.dequantize.default, *parts, sizes(), value.dtype, *fields
+                back, ops.dequantize.default, *parts, sizes(), value.dtype, *fields, *columns(back)
             )
         case Copy():
             return [call(graph, ops.copy.default, x, like=x)], lambda parts, sizes: parts[0]
