@@ -64,13 +64,12 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
                 decoded = call(split.backward.graph, aten.permute.default, decoded, back)
         for user in users:
             user.replace_input_with(old, decoded)
-        if decoded in inputs:
-            continue
-        inherit_origin(decoded, old)
-        if dense_order(value) is not None:
-            decoded.meta["val"] = old.meta["val"]
-        else:
+        if decoded not in inputs:
+            inherit_origin(decoded, old)
+        if dense_order(value) is None:
             renew_views(decoded)
+        elif decoded not in inputs:
+            decoded.meta["val"] = old.meta["val"]
     split.drop(old)
 
 
