@@ -256,8 +256,8 @@ def dequantize_in_runs(
     for group, part in _runs(fmt, flat.numel()):
         piece = flat[part]
         end = group + fmt.groups(piece.numel())
-        parts = (t[group:end] for t in (words, low, high))
-        piece.copy_(dequantize_reference(*parts, [piece.numel()], wanted, fmt))
+        some = words[group:end], low[group:end], high[group:end]
+        piece.copy_(dequantize_reference(*some, [piece.numel()], wanted, fmt))
     return x if scale is None else unstandardised(x, shift, scale, dtype)
 
 

@@ -156,12 +156,19 @@ def nearest_bfloat16(x):
 
 
 @triton.jit
+def careful_mask(row, j, left, k, GROUP: tl.constexpr, WORDS: tl.constexpr):
+    """`plane_mask` of a plane that is known when the kernel runs only."""
+    within = k * WORDS + j[None, :]
+    return (j < WORDS)[None, :] & (within < GROUP) & (row[:, None] * GROUP + within < left)
+
+
+@triton.jit
 def quantize_careful(
     x, seed, salt, words, low, high, tile, groups, numel,
     BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
     SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Encodes a tile whatever is in it, block by block, `W` words of each group at a time."""
+    """Encodes a tile whatever is in it, block by block, `W` words of each group at a time; in loops: it is rare."""
     tl.debug_barrier()  # what is written here must come after what was
     BLOCKS: tl.constexpr = GROUP // BLOCK
     PER_BLOCK: tl.constexpr = 32 // BITS // BLOCKS
@@ -171,14 +178,14 @@ def quantize_careful(
     row, exists = rows(tile, groups, GROUPS)
     left = tl.minimum(numel - tile * GROUP, GROUPS * GROUP)
     row = row.to(tl.int64)
-    for b in tl.static_range(BLOCKS):
+    for b in range(BLOCKS):
         lowest = tl.full((GROUPS, W), INFINITY, tl.float32)
         highest = tl.full((GROUPS, W), -INFINITY, tl.float32)
         nans, positive, negative = tl.zeros_like(lowest), tl.zeros_like(lowest), tl.zeros_like(lowest)
         j = tl.arange(0, W).to(tl.int64)
         for _ in range(tl.cdiv(WORDS, W)):
-            for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
-                used = plane_mask(row, j, left, k, True, GROUP, WORDS)
+            for k in range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
+                used = careful_mask(row, j, left, k, GROUP, WORDS)
                 place = x + tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
                 plane = tl.load(place, mask=used, other=0).to(tl.float32)
                 finite = tl.abs(plane) < INFINITY
@@ -221,11 +228,10 @@ def quantize_careful(
             word = tl.zeros((GROUPS, W), tl.int32)
             if b > 0:  # what the blocks before have put there
                 word = tl.load(words + at, mask=(j < WORDS)[None, :], other=0)
-            for k in tl.static_range((b + 1) * PER_BLOCK):
-                if k > 0 and k % 4 == 0:
-                    random = next_random(random)
+            for k in range((b + 1) * PER_BLOCK):
+                random = tl.where((k > 0) & (k % 4 == 0), next_random(random), random)
                 if k >= b * PER_BLOCK:
-                    used = plane_mask(row, j, left, k, True, GROUP, WORDS)
+                    used = careful_mask(row, j, left, k, GROUP, WORDS)
                     place = x + tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
                     plane = tl.load(place, mask=used, other=0).to(tl.float32)
                     finite = tl.abs(plane) < INFINITY
@@ -394,7 +400,7 @@ def dequantize_careful(
     left = tl.minimum(numel - tile * GROUP, GROUPS * GROUP)
     at = tile * WORDS + (row[:, None] * WORDS + j[None, :])
     word = tl.load(words + at, mask=(j < WORDS)[None, :], other=0).to(tl.uint32, bitcast=True)
-    for b in tl.static_range(BLOCKS):
+    for b in range(BLOCKS):
         meta = tile * BLOCKS + (row * BLOCKS + b)
         first, second = tl.load(low + meta).to(tl.float32), tl.load(high + meta).to(tl.float32)
         if BITS > 1:
@@ -408,7 +414,7 @@ def dequantize_careful(
         wide = half > WIDE
         shrink, grow = tl.where(wide, 0.25, 1.0), tl.where(wide, 4.0, 1.0)
         step, minimum = half * shrink * tl.where(marked, 2.0 / BETWEEN, 2.0 / TOP), lowest * shrink
-        for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
+        for k in range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
             code = ((word >> (BITS * k)) & TOP).to(tl.int32)
             level = bend(code.to(tl.float32), SLOPE, TERMS)
             if BITS > 1:
@@ -417,7 +423,7 @@ def dequantize_careful(
             value = tl.where(value < -MOST, -MOST, tl.where(value > MOST, MOST, value))
             end = tl.where(code == 0, below[:, None], above[:, None])
             value = tl.where(marked[:, None] & ((code == 0) | (code == TOP)), end, value)
-            mask = exists[:, None] & plane_mask(row, j, left, k, True, GROUP, WORDS)
+            mask = exists[:, None] & careful_mask(row, j, left, k, GROUP, WORDS)
             place = x + tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
             tl.store(place, value.to(x.dtype.element_ty), mask=mask)
 

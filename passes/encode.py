@@ -19,6 +19,10 @@ Decode = Callable[[Sequence[fx.Node], Sizes], fx.Node]
 """From the backward inputs that hold the encoded parts to the decoded tensor, at backward's insertion point."""
 
 
+Units = Callable[[fx.Graph], tuple[fx.Node | None, ...]]
+"""Makes the shift and the scale of each column at the insertion point of either graph."""
+
+
 class Seeds:
     """The random bits of one forward call: a tensor of seeds on each device, drawn once; a row for each user."""
 
@@ -53,7 +57,7 @@ class Seeds:
 
 
 def encode(
-    split: Split, codec: Codec, x: fx.Node, seeds: Seeds, by: Callable[[fx.Graph], tuple[fx.Node, ...]] | None = None
+    split: Split, codec: Codec, x: fx.Node, seeds: Seeds, by: Units | None = None
 ) -> tuple[list[fx.Node], Decode]:
     """Encodes a tensor `x` at the forward graph's insertion point; returns what is to be saved.
 
@@ -72,11 +76,11 @@ def encode(
                 return _projected(split, codec, x, seeds)
             seed, salt = seeds.draw(value.device)
             fields = (fmt.bits, fmt.block, fmt.levels)
-            columns = by or (lambda graph: ())
-            whole = (*fields, fmt.metadata, fmt.words, *columns(graph))
+            units: Units = by or (lambda graph: ())
+            whole = (*fields, fmt.metadata, fmt.words, *units(graph))
             encoded = _parts(graph, call(graph, ops.quantize.default, x, seed, salt, *whole, like=x))
             return encoded, lambda parts, sizes: call(
-                back, ops.dequantize.default, *parts, sizes(), value.dtype, *fields, *columns(back)
+                back, ops.dequantize.default, *parts, sizes(), value.dtype, *fields, *units(back)
             )
         case Copy():
             return [call(graph, ops.copy.default, x, like=x)], lambda parts, sizes: parts[0]

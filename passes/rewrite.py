@@ -41,7 +41,8 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
     """
     activation, value = choice.activation, choice.activation.value
     order = memory_order(value)
-    source, by, units = activation.node, None, ()
+    source, by = activation.node, None
+    units: tuple[fx.Node, ...] = ()
     if isinstance(choice.codec, Quantize) and choice.codec.standardised:
         form = standard(activation.node)
         assert form is not None  # plan asked
