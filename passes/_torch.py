@@ -210,9 +210,10 @@ def compile_in_place(model: torch.nn.Module, **options: Any) -> Any:
     if not of_torch and "isolate_recompiles" in options:
         model.compile(**options)
         return model._compiled_call_impl
+    call = model._call_impl
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return model._call_impl(*args, **kwargs)
+        return call(*args, **kwargs)
 
     own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
     model._compiled_call_impl = torch.compile(own, **options)  # type: ignore[assignment]
