@@ -67,9 +67,9 @@ def apart(split: Split, activations: Iterable[SavedActivation], policy: Callable
         origins = _recomputed(split, sources)
         best, least = None, LEAST_GAIN
         for value in [v for v, s in origins.items() if worst in s][:MOST_TRIED]:
-            share = costs.together(origins[value], value) / costs.together(origins[value])
-            if share < least:
-                best, least = value, share
+            before, after = costs.together(origins[value]), costs.together(origins[value], value)
+            if after < least * before:  # nothing is spared of tensors without elements
+                best, least = value, after / before
         if best is not None:
             made.add(_save(split, best))
             sources = {p: a for p, a in sources.items() if any(p is q for _, q in split.pairs)}

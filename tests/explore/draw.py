@@ -45,7 +45,7 @@ class Block:
         torch.manual_seed(self.seed)
         module = LEAVES[self.name]()
         for parameter in module.parameters():
-            if parameter.dim() < 2:  # biases of zero and norm weights of one hide errors
+            if parameter.dim() == 1 < parameter.numel():  # biases of zero and norm weights of one hide errors
                 nn.init.normal_(parameter, mean=0.5, std=0.5)
         return module
 

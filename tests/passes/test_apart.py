@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch_geometric.nn import PointNetConv
 
 import actcompile
 from tests.helpers import EXACT, FAST, SAVED, assert_equal, step, uncompressed
@@ -105,3 +106,28 @@ def test_what_is_added_is_what_backward_would_compute(model):
     fine = torch.compile(made, backend="actcompile", options={**FAST, "replay": 0, "bits": 8})
     for found, wanted in zip(step(fine, (x,), made.parameters()), exact, strict=True):
         assert (found - wanted).norm() < 0.02 * torch.stack([w.norm() for w in exact]).max()
+
+
+def test_tensors_without_elements_are_left_alone():
+    """A graph without edges: the maximum over messages is one over nothing."""
+
+    class Points(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.into = nn.Linear(8, 8)
+            inner = nn.Sequential(nn.Linear(11, 8), nn.ReLU(), nn.Linear(8, 8))
+            self.conv = PointNetConv(inner, nn.Linear(8, 8), add_self_loops=False)
+
+        def forward(self, x, edges):
+            x = self.into(x)
+            return self.conv(x, x[:, :3], edges)
+
+    model = actcompile.compress(Points(), **EXACT, rebuild=False, replay=0)
+    inputs = torch.randn(64, 8), torch.zeros(2, 0, dtype=torch.int64)
+    found = step(model, inputs, model.parameters())
+    plain = Points()
+    for ours, eager in zip(found, step(plain, inputs, plain.parameters()), strict=True):
+        assert (ours is None) == (eager is None)
+        if ours is not None and eager is not None:
+            torch.testing.assert_close(ours, eager)
