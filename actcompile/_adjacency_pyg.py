@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actcompile.kernels import rows_of
+from actcompile.kernels import pointer_to, rows_of
 
-from ._adjacency import Adjacency, Pointer, columns, like, pointer_to, rows, with_values
+from ._adjacency import Adjacency, Pointer, columns, like, rows, with_values
 
 _taught: list[Any] = []
 
@@ -88,7 +88,9 @@ def _select(adj: Adjacency, entries: Tensor) -> Adjacency:
     return made
 
 
-def _add_self_loops(edge_index: Adjacency, edge_attr: None = None, fill_value: Any = None, num_nodes: Any = None) -> Any:
+def _add_self_loops(
+    edge_index: Adjacency, edge_attr: None = None, fill_value: Any = None, num_nodes: Any = None
+) -> Any:
     """Adds 1, or `fill_value`, to the diagonal. Entries stay in the order of rows; a row's self-loop is its last."""
     adj = edge_index
     if not adj._counted or adj._layout == torch.sparse_csc:

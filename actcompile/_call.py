@@ -3,15 +3,16 @@
 Dynamo hands a backend a graph and its inputs, and no more. What else has to be known of the call stands on Python's
 stack, in the frame of torch's own wrapper around the compiled function.
 
-Where Dynamo cuts a model in several graphs, tensors go from one to the next. Such a tensor is an input of the next graph,
-but nothing holds it when the call is over, except what saves it for backward. It is told from the model's own inputs by
-what the call was given: whatever can be reached from its arguments, or from the module, is alive anyway.
+Where Dynamo cuts a model in several graphs, tensors go from one to the next. Such a tensor is an input of the next
+graph, but nothing holds it when the call is over, except what saves it for backward. It is told from the model's own
+inputs by what the call was given: whatever can be reached from its arguments, or from the module, is alive anyway.
 """
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -24,12 +25,16 @@ from actcompile.passes._torch import (
     Guard,
     OptimizedModule,
     StorageWeakRef,
+    convert_frame,
     eval_frame,
     graph_break_of,
     install_guard,
     known_before_the_call,
 )
 
+from ._trace import describe_breaks, describe_whole
+
+TORCH, OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 MOST = 100_000  # objects that are looked through for tensors
 
 
@@ -40,11 +45,13 @@ class Situation:
     Attributes:
         training: whether the compiled module is in training mode; True for a function.
         crossing: positions of the inputs that were made in this call before the graph, and that nothing else holds.
+        counted: those of them that an earlier graph would save, too, if nothing were compressed.
         handed_on: whether what the graph returns goes on to more of the same call, and not to the caller.
     """
 
     training: bool = True
     crossing: tuple[int, ...] = ()
+    counted: tuple[int, ...] = ()
     handed_on: bool = False
 
 
@@ -54,13 +61,14 @@ def situation(gm: fx.GraphModule, inputs: Sequence[Any]) -> Situation:
     if wrapper is None:
         return Situation()
     handed_on = graph_break_of(gm) is not None or _inside_submodule(wrapper)
-    return Situation(in_training(), _crossing(gm, inputs, wrapper), handed_on)
+    crossing = _crossing(gm, inputs, wrapper)
+    counted = tuple(i for i in crossing if _made.get(_memory(inputs[i]), _NOWHERE).by_torch)
+    return Situation(in_training(), crossing, counted, handed_on)
 
 
 def in_training() -> bool:
     """Whether the compiled module whose call is running is in training mode; True in the call of a function."""
-    wrapper = _wrapper()
-    module = None if wrapper is None else _module(wrapper)
+    module = compiled_module()
     return True if module is None else module.training
 
 
@@ -79,6 +87,25 @@ def guard_on_mode() -> None:
     install_guard(Guard(GlobalStateSource(), create))
 
 
+def compiled_module() -> nn.Module | None:
+    """The compiled module whose call is running; None in the call of a function."""
+    wrapper = _wrapper()
+    return None if wrapper is None else _module(wrapper)
+
+
+def breaks(gm: fx.GraphModule) -> list[str]:
+    """Why the graph that is being compiled is not the whole call, as far as the graph and the stack tell."""
+    reason = graph_break_of(gm)
+    found = list(describe_breaks([reason], [])) if reason is not None else []
+    frame, wrapper = sys._getframe(1), _wrapper()
+    while wrapper is not None and frame is not wrapper and frame.f_back is not None:
+        code = frame.f_code
+        if code not in convert_frame.output_codes and not code.co_filename.startswith((TORCH, OURS)):
+            found.append(describe_whole(f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"))
+        frame = frame.f_back
+    return found
+
+
 def _wrapper() -> FrameType | None:
     """The frame of the innermost running call of what `torch.compile` returned (2.11 to 2.14)."""
     frame: FrameType | None = sys._getframe(1)
@@ -93,6 +120,8 @@ def _wrapper() -> FrameType | None:
 def _module(wrapper: FrameType) -> nn.Module | None:
     """The module whose call was compiled: by `torch.compile(module)`, by `module.compile()`, or its method alone."""
     caller = wrapper.f_back
+    while caller is not None and caller.f_code.co_filename.startswith(OURS):
+        caller = caller.f_back
     owner = caller.f_locals.get("self") if caller is not None else None
     if isinstance(owner, OptimizedModule):
         return owner._orig_mod
@@ -116,8 +145,20 @@ def _inside_submodule(wrapper: FrameType) -> bool:
     return False
 
 
-_made: dict[StorageWeakRef, bool] = {}
-"""The memory that graphs return to the middle of a call, and whether they save it as it is."""
+@dataclass(frozen=True)
+class Handed:
+    """What became of a tensor that goes from one graph to another: whether torch would save it, and whether we do."""
+
+    by_torch: bool
+    as_it_is: bool
+
+
+_NOWHERE = Handed(False, False)
+_made: dict[StorageWeakRef, Handed] = {}  # of the memory that graphs return to the middle of a call
+
+
+def _memory(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _crossing(gm: fx.GraphModule, inputs: Sequence[Any], wrapper: FrameType) -> tuple[int, ...]:
@@ -138,11 +179,11 @@ def _crossing(gm: fx.GraphModule, inputs: Sequence[Any], wrapper: FrameType) -> 
 
 
 def _is_held(tensor: torch.Tensor, alive: set[StorageWeakRef]) -> bool:
-    memory = StorageWeakRef(tensor.untyped_storage())
+    memory = _memory(tensor)
     if memory in alive:
         return True
     if memory in _made:
-        return _made[memory]
+        return _made[memory].as_it_is
     maker = (tensor if tensor._base is None else tensor._base).grad_fn  # of Python's, between two graphs
     return any(name.startswith("_saved_") and "result" in name for name in dir(type(maker)))
 
@@ -159,7 +200,7 @@ def _memory_of(objects: Iterable[Any]) -> set[StorageWeakRef] | None:
             return None
         if isinstance(found, torch.Tensor):
             if found.layout is torch.strided:
-                memory.add(StorageWeakRef(found.untyped_storage()))
+                memory.add(_memory(found))
             todo += vars(found).values()
         elif isinstance(found, nn.Module):
             todo += [value for name, value in vars(found).items() if name != "_compiled_call_impl"]
@@ -172,24 +213,23 @@ def _memory_of(objects: Iterable[Any]) -> set[StorageWeakRef] | None:
 
 
 def noted(
-    compiled: Callable[..., Any], kept_inputs: Iterable[int], kept_outputs: Iterable[int]
+    compiled: Callable[..., Any], taken: Mapping[int, Handed], given: Mapping[int, Handed]
 ) -> Callable[..., Sequence[Any]]:
     """A compiled graph that leaves word for those that are compiled later in the same call.
 
     Args:
-        kept_inputs, kept_outputs: positions of what the graph saves as it is.
+        taken, given: what became of inputs and outputs that are saved, by position.
     """
-    kept_inputs, kept_outputs = tuple(kept_inputs), frozenset(kept_outputs)
 
     def run(*inputs: Any) -> Sequence[Any]:
         outputs = compiled(*inputs)
-        for memory in [memory for memory in _made if memory.expired()]:
-            del _made[memory]
+        for memory in [memory for memory in list(_made) if memory.expired()]:
+            _made.pop(memory, None)
         for position, output in enumerate(outputs):
             if isinstance(output, torch.Tensor) and output.layout is torch.strided:
-                _made[StorageWeakRef(output.untyped_storage())] = position in kept_outputs
-        for position in kept_inputs:
-            _made[StorageWeakRef(inputs[position].untyped_storage())] = True
+                _made[_memory(output)] = given.get(position, _NOWHERE)
+        for position, handed in taken.items():
+            _made[_memory(inputs[position])] = handed
         return outputs
 
     return run

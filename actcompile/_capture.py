@@ -21,6 +21,7 @@ from torch import fx
 from actcompile.passes._torch import (
     ConvertFrameAssert,
     GuardOnDataDependentSymNode,
+    RestartAnalysis,
     dynamo_config,
     free_unbacked_symbols,
     functorch_config,
@@ -50,6 +51,8 @@ def capture_sizes(backend: Backend) -> Backend:
             # Backward now, not at its first call, so that what its compiler cannot do is known here.
             with functorch_config.patch(force_non_lazy_backward_lowering=True):
                 return backend(gm, inputs, **options)
+        except RestartAnalysis:  # no failure: Dynamo traces the frame once more
+            raise
         except Exception as error:
             raise _NeedsSizes("sizes that depend on data could not be compiled") from error
 

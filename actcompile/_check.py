@@ -20,6 +20,8 @@ from .config import Config, Rule, bits, lossless
 ALARM = 1e-3  # probability that a check of a model without any bias calls one visible, in one of all its gradients
 TOLERATED = 0.02  # of a gradient: as much bias as the defaults may have where the plan says that there is one
 FEWEST = 8
+ROUNDS = 3  # of looking for activations to blame
+ARITHMETIC = 0.01  # of a gradient: what our exact passes may change, in the order of float32 operations
 FLOAT32 = 1e-6  # of all gradients together: errors of float32 sums, some ten units in the last place
 LARGE = 1e-3  # of all gradients together: a smaller gradient's errors are relative to this
 
@@ -175,67 +177,87 @@ class _Check:
                     z=e.z,
                     visible=visible,
                     claim=words,
-                    wrong=_what_is_wrong(e, visible, biased, e.bias / unit, self.exact[name]),
+                    wrong=self.what_is_wrong(name, e, visible, biased, unit),
                 )
             )
         return checks
 
+    def what_is_wrong(self, name: str, e: Errors, visible: bool, claimed: bool, unit: float) -> str:
+        if not e.finite:
+            return "not finite, though exact it is" if bool(self.exact[name].isfinite().all()) else ""
+        if self.same_dropout and self.arithmetic.get(name, 0.0) > ARITHMETIC * unit:
+            return "changed by passes that are exact"
+        if visible and not claimed:
+            return "biased, and the plan claims that it is not"
+        if visible and e.bias > TOLERATED * unit:
+            return f"biased by more than {TOLERATED:.0%}"
+        return ""
+
     def blame(self, wrong: list[str], graphs: Graphs) -> tuple[list[Suspect], Remedy | None]:
-        """The activations that bias the gradients `wrong` when they alone are rounded, and the rules that mend it."""
+        """The activations that bias the gradients `wrong` when they alone are rounded, and the rules that mend it.
+
+        The gentlest rules are tried first. Where exact modules are not enough, another activation had been hidden
+        behind the noise of the first ones, and the search goes on with these rules.
+        """
+        suspects: list[Suspect] = []
+        rules: dict[str, Rule] = {}
+        config, remedy = self.config, None
+        for _ in range(ROUNDS):
+            found = self.suspects(config, wrong, graphs)
+            suspects += found
+            for rule in (bits(8), lossless()) if found else ():
+                rules |= {suspect.module: rule for suspect in found}
+                config = replace(self.config, rules=tuple((rules | self.other_rules(rules)).items()))
+                errors, graphs = self.draws(config, names=wrong)
+                left = self.judge(errors, graphs)
+                remedy = Remedy(
+                    rules={pattern: str(rule) for pattern, rule in dict(config.rules).items()},
+                    bias=max((c.bias for c in left if c.visible), default=0.0),
+                    mended=not any(c.wrong for c in left),
+                    bytes_after=sum(r.bytes_after for r in graphs.reports),
+                )
+                if remedy.mended:
+                    return suspects, remedy
+        return suspects, remedy
+
+    def other_rules(self, new: Mapping[str, Rule]) -> dict[str, Rule]:
+        return {pattern: rule for pattern, rule in dict(self.config.rules).items() if pattern not in new}
+
+    def suspects(self, config: Config, wrong: list[str], graphs: Graphs) -> list[Suspect]:
         reaching = [row for row, reached in graphs.rounded() if reached is None or not reached.isdisjoint(wrong)]
-        guilty = self.guilty([row.key for row in reaching], wrong)
         suspects = []
-        for keys in guilty:
-            alone = self.draws(self.config, frozenset(keys), wrong)[0]
+        for keys in self.guilty(config, [row.key for row in reaching], wrong):
+            alone = self.draws(config, frozenset(keys), wrong)[0]
             worst = max(wrong, key=lambda n: alone[n].z)
             unit = max(float(self.exact[worst].double().norm()), 1e-300)
             for row in (row for row in reaching if row.key in keys):
-                words, _ = claim([row])
                 suspects.append(
                     Suspect(
                         module=row.module,
                         name=row.name,
                         source=row.source,
                         codec=row.codec,
-                        claim=words,
+                        claim=claim([row])[0],
                         gradient=worst,
                         bias=alone[worst].bias / unit,
                         z=alone[worst].z,
                         together=len(keys),
                     )
                 )
-        return suspects, self.remedy(suspects, wrong)
+        return suspects
 
-    def guilty(self, keys: list[str], wrong: list[str]) -> list[list[str]]:
+    def guilty(self, config: Config, keys: list[str], wrong: list[str]) -> list[list[str]]:
         """Groups of `keys`, of one where possible, each of which biases when it alone is rounded; found by halving."""
-        if not keys or not self.biased(keys, wrong):
+        if not keys or not self.biased(config, keys, wrong):
             return []
         if len(set(keys)) == 1:
             return [keys]
         half = len(keys) // 2
-        return [*self.guilty(keys[:half], wrong), *self.guilty(keys[half:], wrong)] or [keys]
+        return [*self.guilty(config, keys[:half], wrong), *self.guilty(config, keys[half:], wrong)] or [keys]
 
-    def biased(self, keys: list[str], wrong: list[str]) -> bool:
-        errors = self.draws(self.config, frozenset(keys), wrong)[0]
+    def biased(self, config: Config, keys: list[str], wrong: list[str]) -> bool:
+        errors = self.draws(config, frozenset(keys), wrong)[0]
         return any(e.z > self.limit for e in errors.values())
-
-    def remedy(self, suspects: list[Suspect], wrong: list[str]) -> Remedy | None:
-        """The gentlest rules for the modules to blame with which no gradient of `wrong` is wrong any more."""
-        modules = list(dict.fromkeys(s.module for s in suspects))
-        best = None
-        for rule in (bits(8), lossless()) if modules else ():
-            rules: dict[str, Rule] = {module: rule for module in modules} | dict(self.config.rules)
-            found, graphs = self.draws(replace(self.config, rules=tuple(rules.items())), names=wrong)
-            left = self.judge(found, graphs)
-            best = Remedy(
-                rules={m: str(r) for m, r in rules.items()},
-                bias=max(c.bias for c in left),
-                mended=not any(c.wrong for c in left),
-                bytes_after=sum(r.bytes_after for r in graphs.reports),
-            )
-            if best.mended:
-                break
-        return best
 
     def notes(self, graphs: Graphs) -> Iterable[str]:
         if not graphs.reports:
@@ -249,16 +271,6 @@ class _Check:
             yield "the model is in eval mode; model.train() checks what training does"
         if not self.same_dropout:
             yield "the inner compiler draws other random numbers with our passes: no arithmetic error can be told"
-
-
-def _what_is_wrong(e: Errors, visible: bool, claimed: bool, bias: float, exact: Tensor) -> str:
-    if not e.finite:
-        return "not finite, though exact it is" if bool(exact.isfinite().all()) else ""
-    if visible and not claimed:
-        return "biased, and the plan claims that it is not"
-    if visible and bias > TOLERATED:
-        return f"biased by more than {TOLERATED:.0%}"
-    return ""
 
 
 REPEAT = (

@@ -81,7 +81,7 @@ class Remedy:
 
     Attributes:
         rules: all rules of the config with the new ones, from module pattern to rule, as Python text.
-        bias: the largest bias that is left, among the gradients that were wrong.
+        bias: the largest visible bias that is left, among the gradients that were wrong.
         mended: whether nothing is wrong with any of them.
         bytes_after: what is saved with these rules.
     """
@@ -127,8 +127,8 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no gradient is wrong: biased though the plan claims that it is not, or by more than 2 %, or not
-        finite."""
+        """Whether no gradient is wrong: biased though the plan claims that it is not, or by more than 2 %, not finite,
+        or changed by passes that are exact."""
         return not any(gradient.wrong for gradient in self.gradients)
 
     def to_dict(self) -> dict[str, Any]:

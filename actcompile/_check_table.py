@@ -99,5 +99,6 @@ def suspect(s: Suspect) -> str:
 
 
 def remedy(r: Remedy, bytes_before: int) -> str:
-    left = f"tried: at most {percent(r.bias)} of bias {'is' if r.mended else 'is, still too much,'} left"
+    left = f"{percent(r.bias)} of bias are left" if r.bias else "no bias is visible any more"
+    left = f"tried: {left}{'' if r.mended else ', still too much'}"
     return f"to mend it: {r}\n            {left}; saved {human(bytes_before)} -> {human(r.bytes_after)}"

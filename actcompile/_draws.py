@@ -21,8 +21,10 @@ from torch import Tensor, fx, nn
 from actcompile.kernels.random_bits import rounding_seeded
 from actcompile.passes import _torch
 
-from ._trace import _region, _undisturbed, isolated
-from .backend import compile_graph
+from ._capture import capture_sizes
+from ._last_run import LastRun
+from ._trace import _region, _undisturbed
+from .api import compile_calls, compile_watched
 from .config import Config
 from .report import GraphReport, Row
 
@@ -62,8 +64,12 @@ def _input_name(path: Sequence[Any]) -> str:
 class Graphs:
     """What was compiled for a variant: the graphs' reports, and which gradients each saved activation reaches."""
 
-    reports: list[GraphReport] = field(default_factory=list)
+    runs: list[LastRun] = field(default_factory=list)
     names: list[list[str | None]] = field(default_factory=list)  # of each graph's inputs; None: made by another graph
+
+    @property
+    def reports(self) -> list[GraphReport]:
+        return [run.report for run in self.runs]
 
     def rounded(self) -> list[tuple[Row, frozenset[str] | None]]:
         """Every rounded activation, and the names of the gradients that it reaches; None for all of them.
@@ -102,15 +108,16 @@ class Variant:
         self.wanted = {n: p for n, p in self.model.named_parameters() if p.requires_grad} | task.named_inputs()
         names = {id(tensor): name for name, tensor in self.wanted.items()}
 
+        @capture_sizes
         def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
             if config is None:
                 return _torch.compile_plain(gm, inputs, inner)
-            compiled, reports = compile_graph(gm, inputs, config, only)
-            self.graphs.reports += reports
-            self.graphs.names += [[names.get(id(tensor)) for tensor in inputs]] * len(reports)
+            compiled, runs = compile_watched(gm, inputs, config, only)
+            self.graphs.runs += runs
+            self.graphs.names += [[names.get(id(tensor)) for tensor in inputs]] * len(runs)
             return compiled
 
-        compiled = _torch.compile_in_place(self.model, backend=backend, dynamic=task.dynamic, **isolated())
+        compiled = compile_calls(self.model, backend, task.dynamic)
         self.leaving = contextlib.ExitStack()
         self.leaving.enter_context(_undisturbed(backend, _region(compiled)))
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from actcompile.passes import _torch
 from actcompile.passes.codecs import Quantize
-from actcompile.passes.find import dense_order
+from actcompile.passes.find import memory_order
 from actcompile.passes.plan import Choice
 from actcompile.passes.standardise import columns_alike, standard
 
@@ -108,8 +108,8 @@ class _Observer(fx.Interpreter):
         value = super().run_node(n)
         choice = self.watched.get(n.name)
         if choice is not None:
-            seen, order = value.detach(), dense_order(choice.activation.value)
+            seen = value.detach()
             if choice.codec.standardised and n.name == choice.activation.node.name:  # type: ignore[union-attr]
                 seen = columns_alike(seen)
-            self.look(choice, seen if order is None else seen.permute(order))
+            self.look(choice, seen.permute(memory_order(choice.activation.value)).contiguous())
         return value

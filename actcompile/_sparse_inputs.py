@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from actcompile.passes import _torch
 
+from . import _adjacency_ops  # noqa: F401  registers what stand-ins do
 from ._adjacency import INSTEAD, Adjacency, columns, from_sparse, is_sparse, refusal, rows, to_sparse, warn_once
 from ._adjacency_pyg import teach_dynamo
 

@@ -65,7 +65,7 @@ def renderable(report: "Report", roomy: bool | None = None) -> Group:
 
 
 def heading(report: "Report", number: int) -> str:
-    """`graph 0 of 2, compiled by inductor: 16.40 MB -> 1.46 MB`, and the sizes that this is for; in eval mode it says so."""
+    """`graph 0 of 2, compiled by inductor: 16.40 MB -> 1.46 MB`, the mode, and the sizes that this is for."""
     graph = report.graphs[number]
     change = f"{human(graph.bytes_before)} -> {human(graph.bytes_after)}"
     mode = "" if graph.training else ", in eval mode"

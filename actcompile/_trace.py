@@ -272,7 +272,7 @@ def _undisturbed(backend: Backend, region: int) -> Iterator[Callable[[], tuple[s
     }
     try:
         with dynamo_config.patch(**own):
-            yield lambda: _describe_breaks(graph_break_reasons[first_break:], eval_frame.dynamo_tls.skip_reasons or [])
+            yield lambda: describe_breaks(graph_break_reasons[first_break:], eval_frame.dynamo_tls.skip_reasons or [])
     finally:
         torch.set_rng_state(rng)
         random.setstate(python_rng)
@@ -316,12 +316,16 @@ def _describe_stop(error: Exception) -> str:
     return f"{where}Python needs a value that only a real run has ({type(error).__name__}: {error})"
 
 
-def _describe_breaks(reasons: list[Any], skips: list[str]) -> tuple[str, ...]:
+def describe_breaks(reasons: list[Any], skips: list[str]) -> tuple[str, ...]:
     breaks = []
     for reason in reasons:
         where = f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}: " if reason.user_stack else ""
         breaks.append(where + reason.reason.strip().splitlines()[0])
     # A break inside a loop has no reason object: Dynamo leaves the whole function to Python.
     whole = [s.rpartition(":")[0] for s in skips if "error was suppressed" in s]
-    breaks += [f"{s}: not traced as a whole (a graph break in a loop, for one); what it calls is" for s in whole]
+    breaks += map(describe_whole, whole)
     return tuple(dict.fromkeys(breaks))
+
+
+def describe_whole(function: str) -> str:
+    return f"{function}: not traced as a whole (a graph break in a loop, for one); what it calls is"

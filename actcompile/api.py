@@ -11,7 +11,7 @@ from actcompile.passes import _torch
 from actcompile.passes.plan import matches
 
 from . import _trace
-from ._call import noted
+from ._call import breaks, compiled_module, noted
 from ._capture import capture_sizes
 from ._last_run import LastRun
 from ._sparse_inputs import accept_sparse, with_stand_ins
@@ -23,6 +23,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 _configs: "weakref.WeakKeyDictionary[nn.Module, Config]" = weakref.WeakKeyDictionary()
 _compressed: "weakref.WeakKeyDictionary[nn.Module, list[LastRun]]" = weakref.WeakKeyDictionary()
+_breaks: "weakref.WeakKeyDictionary[nn.Module, list[str]]" = weakref.WeakKeyDictionary()
 _compiled = WeakTensorKeyDictionary()  # parameter or buffer -> the graphs that take it
 
 
@@ -60,12 +61,18 @@ def compress(
         raise TypeError("model is compiled already; pass the module itself to compress, before torch.compile")
     _check_rules(model, made)
     graphs: list[LastRun] = []
-    # Isolated: models of one class share code objects, and with them a limit of eight compilations.
-    options = {"backend": _backend_with(made, graphs), "dynamic": dynamic, **_trace.isolated()}
-    _torch.compile_in_place(model, **options)
-    model._compiled_call_impl = accept_sparse(model, model._compiled_call_impl)  # type: ignore[assignment, arg-type]
+    compile_calls(model, _backend_with(made, graphs), dynamic)
     _configs[model], _compressed[model] = made, graphs
+    _breaks.pop(model, None)
     return model
+
+
+def compile_calls(model: nn.Module, backend: Callable[..., Any], dynamic: bool | None) -> Any:
+    """Has calls of `model` compiled by a backend of ours; returns the function that torch made of its forward."""
+    # Isolated: models of one class share code objects, and with them a limit of eight compilations.
+    compiled = _torch.compile_in_place(model, backend=backend, dynamic=dynamic, **_trace.isolated())
+    model._compiled_call_impl = accept_sparse(model, compiled)  # type: ignore[assignment]
+    return compiled
 
 
 @capture_sizes
@@ -93,15 +100,25 @@ def _backend_with(config: Config, graphs: list[LastRun]) -> Callable[..., Any]:
 
 
 def _compile(gm: fx.GraphModule, inputs: list[Any], config: Config, graphs: list[LastRun]) -> Any:
-    compiled, reports = compile_graph(gm, inputs, config)
-    made = [LastRun(report) for report in reports]
-    for graph in made:
-        compiled = graph.watch(compiled)
+    if (module := compiled_module()) is not None:
+        _breaks.setdefault(module, []).extend(breaks(gm))
+    compiled, made = compile_watched(gm, inputs, config)
     graphs += made
     for tensor in [*inputs, *gm.parameters(), *gm.buffers()]:
         if isinstance(tensor, nn.Parameter) or getattr(tensor, "_dynamo_static_input_type", None):
             _compiled.setdefault(tensor, []).extend(made)
     return compiled
+
+
+def compile_watched(
+    gm: fx.GraphModule, inputs: list[Any], config: Config, only: frozenset[str] | None = None
+) -> tuple[Callable[..., Any], list[LastRun]]:
+    """`compile_graph`, whose reports have the sizes of the last run."""
+    compiled, reports = compile_graph(gm, inputs, config, only)
+    made = [LastRun(report) for report in reports]
+    for graph in made:
+        compiled = graph.watch(compiled)
+    return compiled, made
 
 
 def explain(
@@ -137,8 +154,7 @@ def explain(
 
     def trace(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         graphs.extend(found := analyse(gm, example_inputs, made))
-        kept = [(report.kept_inputs, report.kept_outputs) for report in found]
-        return noted(gm.forward, *(kept[0] if kept else ((), ())))
+        return noted(gm.forward, *(found[0].handed() if found else ({}, {})))
 
     result = _trace.trace(module, inputs, keywords, trace, dynamic=dynamic)
     notes = [f"graph break: {reason}" for reason in result.breaks]
@@ -153,10 +169,11 @@ def explain(
 def _explain_compiled(module: Any) -> Report:
     if not isinstance(module, nn.Module):
         raise ValueError("explain(function) needs the function's inputs: explain(function, *inputs)")
+    notes = tuple(f"graph break: {reason}" for reason in dict.fromkeys(_breaks.get(module, ())))
     compressed = [_compressed[part] for part in module.modules() if part in _compressed]  # an encoder, or inside DDP
     if compressed:
-        return Report(tuple(graph.report for reports in compressed for graph in reports))
+        return Report(tuple(graph.report for reports in compressed for graph in reports), notes)
     graphs: list[LastRun] = []
     for tensor in [*module.parameters(), *module.buffers()]:
         graphs += [g for g in _compiled.get(tensor, []) if not any(g is known for known in graphs)]
-    return Report(tuple(graph.report for graph in graphs))
+    return Report(tuple(graph.report for graph in graphs), notes)

@@ -14,7 +14,7 @@ from torch import fx
 
 import actcompile.kernels
 import actcompile.passes
-from actcompile.passes import _torch, loops_decode, loops_encode  # noqa: F401  register the ops' lowerings
+from actcompile.passes import _torch, lowerings  # noqa: F401  registers the lowerings of casts
 from actcompile.passes.apart import apart
 from actcompile.passes.bias import Dependence, bias
 from actcompile.passes.commute import commute
@@ -69,7 +69,7 @@ def partition(
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, spared, reached, config.inner, situation.training)
+    report = record(split, chosen, saved_by_torch, spared, reached, config.inner, situation)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
@@ -150,7 +150,7 @@ def source_hash() -> str:
     """A hash of everything that decides how a graph is rewritten; part of the compile caches' key."""
     digest = hashlib.sha256(torch.__version__.encode())
     for package in (actcompile.kernels, actcompile.passes, actcompile):
-        for file in sorted(Path(package.__path__[0]).glob("*.py")):
+        for file in sorted(f for f in Path(package.__path__[0]).iterdir() if f.suffix in (".py", ".cpp")):
             digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -212,8 +212,8 @@ def compile_graph(
 
 def _noted(compiled: Callable[..., Any], reports: list[GraphReport]) -> Callable[..., Any]:
     """`compiled`, with word of what it saves left to graphs that are compiled later in the same call."""
-    kept = [report for report in reports if report.kept_inputs or report.kept_outputs]
-    return noted(compiled, kept[0].kept_inputs, kept[0].kept_outputs) if kept else compiled
+    found = next((report for report in reports if report.taken or report.given), None)
+    return noted(compiled, *found.handed()) if found is not None else compiled
 
 
 def check_compilers(inputs: Sequence[Any]) -> None:

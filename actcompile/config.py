@@ -103,8 +103,8 @@ class Config:
         rules: from a pattern of module paths, such as "convs.0.*", to `keep()`, `lossless()` or `bits(8)`. A pattern
             also matches what is inside the module it names; the first match wins; "*" matches everything, also what the
             model computes outside its submodules.
-        when: floats are rounded where the compiled module is in "training" mode, as `model.training` has it, and stay exact
-            in eval mode, for forces or saliency maps; "always" rounds them in eval mode, too, to train a frozen model.
+        when: floats are rounded where the compiled module is in "training" mode, as `model.training` has it, and stay
+            exact in eval mode, for forces or saliency maps; "always" rounds them in eval mode, too, to train there.
         inner: the compiler of the rewritten graphs: "inductor", or "aot_eager", which runs them as they are.
 
     Raises:

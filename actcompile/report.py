@@ -19,6 +19,8 @@ from actcompile.passes.replay import Replayed
 from actcompile.passes.split import Split, is_size, is_tensor, root
 from actcompile.passes.views import Viewed
 
+from ._call import Handed, Situation
+
 Spared = Commuted | Rebuilt | Replayed | Viewed
 """An activation that backward does without, and why."""
 
@@ -59,6 +61,7 @@ class Row:
     def key(self) -> str:
         """What names the activation: the module's path and the node's name, such as `convs.0/add`."""
         return f"{self.module}/{self.name}"
+
     formula_before: str = ""
     formula_after: str = ""
 
@@ -89,8 +92,8 @@ class GraphReport:
 
     Attributes:
         training: whether the module was in training mode; in eval mode nothing is rounded, unless the config asks.
-        kept_inputs, kept_outputs: positions of what came from before a graph break, or goes on behind one, and is saved
-            as it is: graphs that are given it later in the call pay nothing for it.
+        taken, given: of inputs from before a graph break, and of outputs that go on behind one, those that torch saves,
+            by position, and whether they are saved as they are now: graphs that get them later pay nothing then.
         sizes: what the symbols in shapes stand for where bytes are counted.
         bounds: those of them that depend on data, which no run has shown yet: they are at most so large.
         handed_on: the sizes that forward hands to backward, in order.
@@ -103,8 +106,8 @@ class GraphReport:
     backward_nodes: tuple[GraphNode, ...]
     inner: str
     training: bool = True
-    kept_inputs: tuple[int, ...] = ()
-    kept_outputs: tuple[int, ...] = ()
+    taken: tuple[tuple[int, bool], ...] = ()
+    given: tuple[tuple[int, bool], ...] = ()
     sizes: dict[str, int] = field(default_factory=dict)
     bounds: tuple[str, ...] = ()
     handed_on: tuple[str, ...] = ()
@@ -121,6 +124,10 @@ class GraphReport:
             sizes=merged,
             bounds=tuple(name for name in self.bounds if name not in known),
         )
+
+    def handed(self) -> tuple[dict[int, Handed], dict[int, Handed]]:
+        """What became of `taken` and of `given`."""
+        return {i: Handed(True, kept) for i, kept in self.taken}, {i: Handed(True, kept) for i, kept in self.given}
 
     @property
     def bytes_before(self) -> int:
@@ -139,8 +146,9 @@ class GraphReport:
             key: tuple(GraphNode(**{**n, "inputs": tuple(n["inputs"])}) for n in data[key])
             for key in ("forward_nodes", "backward_nodes")
         }
-        names = {key: tuple(data[key]) for key in ("kept_inputs", "kept_outputs", "bounds", "handed_on")}
-        return GraphReport(**{**data, "rows": rows, **nodes, **names})
+        names = {key: tuple(data[key]) for key in ("bounds", "handed_on")}
+        handed = {key: tuple((position, kept) for position, kept in data[key]) for key in ("taken", "given")}
+        return GraphReport(**{**data, "rows": rows, **nodes, **names, **handed})
 
 
 @dataclass(frozen=True)
@@ -221,7 +229,7 @@ def record(
     spared: Iterable[Spared],
     reached: Mapping[fx.Node, tuple[int, ...]],
     inner: str,
-    training: bool = True,
+    situation: Situation,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
 
@@ -229,15 +237,23 @@ def record(
         saved_before: what torch's own partition saved, before any pass of ours.
         spared: what is not saved any more, since backward does without it.
         reached: what `reach` returned before the rewrite.
+        situation: which part of a call the graph is.
     """
+    counted = {split.crossing.get(position) for position in situation.counted}
+    saved_before = [replace(a, nbytes=0) if root(a.node) in counted else a for a in saved_before]
+    by_torch = {root(a.node) for a in saved_before}
+    saved = {root(n) for n, _ in split.pairs}
     without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
     pieces = {n.name for s in without.values() if isinstance(s, Viewed) for n in s.instead}
     rows = []
     for choice in plan.choices:
-        was = before.pop((name := choice.activation.node.name), None)
-        added = "" if was or name in pieces else _why_added(choice.activation)
-        rows.append(_row(choice, was, added, reached.get(choice.activation.placeholder, ())))
+        a = choice.activation
+        was = before.pop(a.node.name, None)
+        added = "" if was or a.refusal or a.node.name in pieces else _why_added(a)
+        if root(a.node) in counted and choice.nbytes:
+            added = "an earlier graph saves it, too"
+        rows.append(_row(choice, was, added, reached.get(a.placeholder, ())))
     rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
     symbols = split.symbols(saved_before)
     return GraphReport(
@@ -247,9 +263,9 @@ def record(
         forward_nodes=_nodes(split.forward.graph, _ours),
         backward_nodes=_nodes(split.backward.graph, _ours),
         inner=inner,
-        training=training,
-        kept_inputs=split.kept_inputs(),
-        kept_outputs=split.kept_outputs(),
+        training=situation.training,
+        taken=tuple((position, n in saved) for position, n in split.crossing.items() if n in by_torch),
+        given=tuple((position, n in saved) for position, n in split.given.items() if n in by_torch),
         sizes={name: _torch.size_hint(size) for name, size in symbols.items()},
         bounds=tuple(name for name, size in symbols.items() if _torch.is_unbacked(size)),
         handed_on=tuple(str(_torch.expression(n.meta["val"])) for n, _ in split.pairs if is_size(n)),

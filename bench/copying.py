@@ -19,7 +19,6 @@ import actcompile.kernels  # noqa: F401  registers the ops
 from actcompile.config import METADATA
 from actcompile.kernels import BlockFormat
 from actcompile.kernels.quantize import dequantize_reference, quantize_reference
-from actcompile.passes import loops_decode, loops_encode  # noqa: F401  register the lowerings
 from actcompile.passes.plan import block_format
 
 Formats = list[tuple[int, int, str, str]]  # width, block asked for, levels, metadata

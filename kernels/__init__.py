@@ -1,6 +1,6 @@
 """Number formats and ops. Importing this package registers `torch.ops.actcompile.*`."""
 
-from . import cuda  # registers the ops on CUDA tensors
+from . import cpu, cuda  # register the ops on tensors of either
 from .format import BlockFormat, bit_words
 from .fp8 import cast_fp8, fp8_nbytes, restore_fp8
 from .lossless import narrow, pack_bits, unpack_bits, widen
@@ -10,12 +10,13 @@ from .prune import prune, prune_nbytes, restore_pruned
 from .quantize import dequantize, quantize
 from .random_bits import draw_seed
 from .sample_rows import restore_rows, sample_rows, sample_rows_nbytes
-from .spmm import rows_of, spmm, spmm_extremum, spmm_transposed
+from .spmm import pointer_to, rows_of, spmm, spmm_extremum, spmm_transposed
 
 __all__ = [
     "BlockFormat",
     "bit_words",
     "cast_fp8",
+    "cpu",
     "cuda",
     "dequantize",
     "draw_seed",
@@ -24,6 +25,7 @@ __all__ = [
     "low_rank_nbytes",
     "narrow",
     "pack_bits",
+    "pointer_to",
     "projection_nbytes",
     "prune",
     "prune_nbytes",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .format import BlockFormat
 from .lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
-from .quantize import dequantize, dequantize_in_runs, quantize, quantize_in_runs
+from .quantize import dequantize, dequantize_in_runs, quantize, quantize_in_runs, standardised, unstandardised
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,19 @@ def forms() -> Forms:
 
 @quantize.register_kernel("cuda")
 def _(
-    x: Tensor, seed: Tensor, salt: int, bits: int, block: int, levels: str, metadata: torch.dtype, words: int
+    x: Tensor,
+    seed: Tensor,
+    salt: int,
+    bits: int,
+    block: int,
+    levels: str,
+    metadata: torch.dtype,
+    words: int,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return forms().quantize(x, seed, salt, BlockFormat(bits, block, levels, metadata, words))
+    fmt = BlockFormat(bits, block, levels, metadata, words)
+    return forms().quantize(standardised(x, shift, scale), seed, salt, fmt)
 
 
 @dequantize.register_kernel("cuda")
@@ -79,9 +89,14 @@ def _(
     bits: int,
     block: int,
     levels: str,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
-    return forms().dequantize(words, low, high, size, dtype, fmt)
+    if scale is None:
+        return forms().dequantize(words, low, high, size, dtype, fmt)
+    x = forms().dequantize(words, low, high, size, torch.float32, fmt)
+    return unstandardised(x, shift, scale, dtype)
 
 
 @pack_bits.register_kernel("cuda")

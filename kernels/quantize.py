@@ -85,7 +85,7 @@ def quantize_reference(
     first_group: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `quantize`; `first_group` is the number of groups before `x`."""
-    flat = (x if shift is None else (x.float() - shift) * scale).reshape(-1).float()
+    flat = standardised(x, shift, scale).reshape(-1).float()
     groups = fmt.groups(flat.numel())
     shape = (groups, fmt.blocks_per_group, fmt.block)
     padding = (0, groups * fmt.group - flat.numel())
@@ -115,8 +115,6 @@ def quantize_reference(
 def _one_bit(values, used, low, high, marked, seed, salt, fmt, first_group):
     code = _round(values, low, high, torch.ones_like(low), torch.zeros_like(marked), seed, salt, fmt, first_group)
     middle = low + (high * 0.5 - low * 0.5)
-    if fmt.metadata == torch.bfloat16:
-        middle = _truncate(middle, torch.zeros_like(marked))
     above, below = ((used & (values == end)).any(2, keepdim=True) for end in (INFINITY, -INFINITY))
     code = torch.where(marked, torch.where(above, values == INFINITY, values != -INFINITY).int(), code)
     low = torch.where(marked, torch.where(below, -INFINITY, middle), low)
@@ -185,7 +183,7 @@ def dequantize_reference(
     for s in size:
         numel *= s
     x = x.reshape(-1)[:numel].reshape(list(size))
-    return finite_cast(x, x, dtype) if shift is None else unstandardised(x, shift, scale, dtype)
+    return finite_cast(x, dtype) if scale is None else unstandardised(x, shift, scale, dtype)
 
 
 def _levels_between(level: Tensor, low: Tensor, high: Tensor, top: Tensor) -> Tensor:
@@ -197,16 +195,32 @@ def _levels_between(level: Tensor, low: Tensor, high: Tensor, top: Tensor) -> Te
     return x.clamp(-LARGEST, LARGEST)
 
 
-def unstandardised(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x / scale + shift`, and `shift` alone where the scale has no inverse; finite where the float32 `x` is."""
-    reciprocal = scale.reciprocal()
-    return finite_cast(x * torch.where(reciprocal.isfinite(), reciprocal, 0.0) + shift, x, dtype)
-
-
-def finite_cast(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts float32 `y`, to the largest number of `dtype` where that would overflow, unless `x` is infinite."""
+def finite_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts float32; to the largest number of `dtype` where that would overflow."""
     most = torch.finfo(dtype).max
-    return torch.where(x.isinf(), y, y.clamp(-most, most)).to(dtype)
+    return torch.where(x.isinf(), x, x.clamp(-most, most)).to(dtype)
+
+
+def columns(shift: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The shift and the scale that are applied: none to columns where they can't be undone."""
+    shift = torch.zeros_like(scale) if shift is None else shift
+    sound = shift.isfinite() & scale.isfinite() & (scale.abs() >= SMALLEST_NORMAL)
+    return torch.where(sound, shift, 0.0), torch.where(sound, scale, 1.0)
+
+
+def standardised(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """`(x - shift) * scale` in float32, or `x`."""
+    if scale is None:
+        return x
+    shift, scale = columns(shift, scale)
+    return (x.float() - shift) * scale
+
+
+def unstandardised(x: Tensor, shift: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x / scale + shift` of float32 `x`."""
+    shift, scale = columns(shift, scale)
+    y = x * scale.reciprocal() + shift
+    return finite_cast(y, dtype) if dtype == torch.float16 else y.to(dtype)
 
 
 # ---- without a compiler --------------------------------------------------------------------------------------------
@@ -216,7 +230,7 @@ def quantize_in_runs(
     x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_reference`, run by run of groups, so that its temporaries stay small."""
-    flat = (x if shift is None else (x.float() - shift) * scale).reshape(-1)
+    flat = standardised(x, shift, scale).reshape(-1)
     encoded = empty_encoding(x, fmt)
     for group, part in _runs(fmt, flat.numel()):
         run = quantize_reference(flat[part], seed, salt, fmt, first_group=group)
@@ -236,15 +250,15 @@ def dequantize_in_runs(
     scale: Tensor | None = None,
 ) -> Tensor:
     """`dequantize_reference`, run by run of groups."""
-    wanted = dtype if shift is None else torch.float32
+    wanted = dtype if scale is None else torch.float32
     x = torch.empty(list(size), dtype=wanted, device=words.device)
     flat = x.view(-1)
     for group, part in _runs(fmt, flat.numel()):
         piece = flat[part]
         end = group + fmt.groups(piece.numel())
-        parts = (t[group:end] for t in (words, low, high))
-        piece.copy_(dequantize_reference(*parts, [piece.numel()], wanted, fmt))
-    return x if shift is None or scale is None else unstandardised(x, shift, scale, dtype)
+        some = words[group:end], low[group:end], high[group:end]
+        piece.copy_(dequantize_reference(*some, [piece.numel()], wanted, fmt))
+    return x if scale is None else unstandardised(x, shift, scale, dtype)
 
 
 def _runs(fmt: BlockFormat, numel: int) -> Iterator[tuple[int, slice]]:
@@ -284,7 +298,8 @@ def quantize(
         seed: int32 of shape (activations, 2), on the device of `x`, drawn by `draw_seed` once per forward call.
         salt: this activation's row in `seed`: no two activations share random bits.
         bits, block, levels, metadata, words: the fields of `BlockFormat`.
-        shift, scale: float32 of the length of the last dimension of `x`, both or none.
+        shift, scale: float32, one number for each column, which is an element of the last dimension of `x`; a scale
+            alone stands for no shift. Columns where they are not finite, or the scale is zero, are left as they are.
 
     Returns:
         words: float32 (groups, words), whose 32 bits are the packed codes; float, because Inductor's C++ loads and

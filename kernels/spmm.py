@@ -17,6 +17,12 @@ def rows_of(pointer: Tensor, entries: int) -> Tensor:
     return torch.searchsorted(pointer[1:], entry, right=True, out_int32=pointer.dtype == torch.int32)
 
 
+def pointer_to(row: Tensor, number: int) -> Tensor:
+    """The pointer of `number` rows to entries that are in the order of rows: the row of each. Any number of them."""
+    edge = torch.arange(number + 1, dtype=row.dtype, device=row.device)
+    return torch.searchsorted(row, edge, out_int32=row.dtype == torch.int32)
+
+
 @torch.library.custom_op("actcompile::spmm", mutates_args=())
 def spmm(pointer: Tensor, index: Tensor, value: Tensor, matrix: Tensor) -> Tensor:
     """The product of a sparse matrix with a dense one; linear in `value` and in `matrix`.
@@ -41,8 +47,7 @@ def _(pointer, index, value, matrix):
 def spmm_transposed(pointer: Tensor, index: Tensor, value: Tensor, matrix: Tensor, columns: int) -> Tensor:
     """The product of a sparse matrix's transpose with a dense one of (rows, width), to one of (columns, width)."""
     order = torch.argsort(index, stable=True)
-    turned = torch._convert_indices_from_coo_to_csr(index[order], columns, out_int32=index.dtype == torch.int32)
-    return _multiply(turned, rows_of(pointer, index.shape[0])[order], value[order], matrix)
+    return _multiply(pointer_to(index[order], columns), rows_of(pointer, index.shape[0])[order], value[order], matrix)
 
 
 @spmm_transposed.register_fake

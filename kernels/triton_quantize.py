@@ -3,6 +3,9 @@
 Bit-equality rests on the same order of operations in float32: products and sums are never contracted
 (`enable_fp_fusion=False`), `scalar / tensor` is the product with the reciprocal, as it is in torch, and minimum,
 maximum and the lower bound on the range let NaN pass.
+
+Tiles are worked on as if all their blocks were calm: finite, and not of the largest numbers. Where one is not, the tile
+is done again by functions called `careful`, which read and write it anew and need no registers of the others.
 """
 
 from collections.abc import Sequence
@@ -16,7 +19,8 @@ from torch import Tensor
 from . import random_bits
 from .format import BlockFormat
 from .levels import decode_map, encode_map
-from .quantize import SMALLEST_HALF_RANGE, WIDE_HALF_RANGE
+from .quantize import LARGEST as LARGEST_FLOAT32
+from .quantize import SMALLEST_HALF_RANGE, SMALLEST_NORMAL, WIDE_HALF_RANGE
 from .triton_tile import LOAD, THREADS, Tile, elements_left, on_device, plane_mask, rows, tile_for
 
 MIX_1 = tl.constexpr(random_bits.MIX_1)
@@ -26,6 +30,10 @@ LCG_INCREMENT = tl.constexpr(random_bits.LCG_INCREMENT)
 SMALLEST = tl.constexpr(SMALLEST_HALF_RANGE)
 WIDE = tl.constexpr(WIDE_HALF_RANGE)
 INFINITY = tl.constexpr(float("inf"))
+LARGEST = tl.constexpr(LARGEST_FLOAT32)
+LARGEST_BFLOAT16 = tl.constexpr(torch.finfo(torch.bfloat16).max)
+LARGEST_FLOAT16 = tl.constexpr(torch.finfo(torch.float16).max)
+TINY = tl.constexpr(SMALLEST_NORMAL)
 KEPT = 64  # elements of a block that a thread keeps in registers
 MOST = 128  # elements of a group that a thread works on
 EXACT = {"enable_fp_fusion": False}
@@ -68,24 +76,28 @@ def half_range(low, high):
 
 
 @triton.jit
-def decode_scale(low, high, TOP: tl.constexpr):
-    """`quantize.decode_scale`."""
-    _, half = half_range(low, high)
-    wide = half > WIDE
-    shrink = tl.where(wide, 0.25, 1.0)
-    return half * shrink * (2.0 / TOP), low * shrink, tl.where(wide, 4.0, 1.0)
+def largest_of(pointer):
+    """The largest number of the dtype that a pointer points to."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        return LARGEST_BFLOAT16
+    elif pointer.dtype.element_ty == tl.float16:
+        return LARGEST_FLOAT16
+    else:
+        return LARGEST
 
 
 @triton.jit
 def keep_range(low, high, low_out, high_out, stored, TOP: tl.constexpr):
-    """Stores a block's range, rounded outward; returns half_low, inverse, finite."""
+    """Stores a block's range, rounded outward; returns half_low, inverse, and whether the block is calm."""
+    LIMIT: tl.constexpr = largest_of(low_out)
+    calm = (low >= -LIMIT) & (high <= LIMIT)
     if low_out.dtype.element_ty == tl.bfloat16:
         low = truncate(low, low < 0)
         high = truncate(high, high > 0)
     tl.store(low_out, low.to(low_out.dtype.element_ty), mask=stored)
     tl.store(high_out, high.to(high_out.dtype.element_ty), mask=stored)
     half_low, half = half_range(low, high)
-    return half_low, tl.div_rn(1.0, half) * (TOP * 256.0), half < INFINITY
+    return half_low, tl.div_rn(1.0, half) * (TOP * 256.0), calm
 
 
 @triton.jit
@@ -126,6 +138,123 @@ def load_plane(x, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def widen(low, high, UNIT: tl.constexpr, LIMIT: tl.constexpr):
+    """`quantize.widen`."""
+    bits = low.to(tl.int32, bitcast=True)
+    above = tl.where(low < TINY, TINY, (bits + UNIT).to(tl.float32, bitcast=True))
+    below = (bits - UNIT).to(tl.float32, bitcast=True)
+    empty = (low < high) == 0
+    topmost = low >= LIMIT
+    return tl.where(empty & topmost, below, low), tl.where(empty & (topmost == 0), above, high)
+
+
+@triton.jit
+def nearest_bfloat16(x):
+    """Rounded to nearest even, which the interpreter's own cast does not do."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def careful_mask(row, j, left, k, GROUP: tl.constexpr, WORDS: tl.constexpr):
+    """`plane_mask` of a plane that is known when the kernel runs only."""
+    within = k * WORDS + j[None, :]
+    return (j < WORDS)[None, :] & (within < GROUP) & (row[:, None] * GROUP + within < left)
+
+
+@triton.jit
+def quantize_careful(
+    x, seed, salt, words, low, high, tile, groups, numel,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
+    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Encodes a tile whatever is in it, block by block, `W` words of each group at a time; in loops: it is rare."""
+    tl.debug_barrier()  # what is written here must come after what was
+    BLOCKS: tl.constexpr = GROUP // BLOCK
+    PER_BLOCK: tl.constexpr = 32 // BITS // BLOCKS
+    TOP: tl.constexpr = (1 << BITS) - 1
+    HALVED: tl.constexpr = low.dtype.element_ty == tl.bfloat16
+    LIMIT: tl.constexpr = LARGEST_BFLOAT16 if HALVED else LARGEST
+    row, exists = rows(tile, groups, GROUPS)
+    left = tl.minimum(numel - tile * GROUP, GROUPS * GROUP)
+    row = row.to(tl.int64)
+    for b in range(BLOCKS):
+        lowest = tl.full((GROUPS, W), INFINITY, tl.float32)
+        highest = tl.full((GROUPS, W), -INFINITY, tl.float32)
+        nans, positive, negative = tl.zeros_like(lowest), tl.zeros_like(lowest), tl.zeros_like(lowest)
+        j = tl.arange(0, W).to(tl.int64)
+        for _ in range(tl.cdiv(WORDS, W)):
+            for k in range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
+                used = careful_mask(row, j, left, k, GROUP, WORDS)
+                place = x + tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
+                plane = tl.load(place, mask=used, other=0).to(tl.float32)
+                finite = tl.abs(plane) < INFINITY
+                bounded = tl.minimum(tl.maximum(plane, -LIMIT), LIMIT)
+                lowest = tl.minimum(lowest, tl.where(used & finite, bounded, INFINITY))
+                highest = tl.maximum(highest, tl.where(used & finite, bounded, -INFINITY))
+                nans = tl.where(plane != plane, 1.0, nans)
+                positive = tl.where(plane == INFINITY, 1.0, positive)
+                negative = tl.where(plane == -INFINITY, 1.0, negative)
+            j += W
+        lowest, highest = tl.min(lowest, 1), tl.max(highest, 1)
+        nan, above, below = tl.max(nans, 1) > 0, tl.max(positive, 1) > 0, tl.max(negative, 1) > 0
+        some = lowest <= highest
+        lowest, highest = tl.where(some, lowest, 0.0), tl.where(some, highest, 0.0)
+        if HALVED:
+            lowest, highest = truncate(lowest, lowest < 0), truncate(highest, highest > 0)
+        marked = (above | below) & (nan == 0)
+        if BITS > 1:
+            wide_low, wide_high = widen(lowest, highest, 65536 if HALVED else 1, LIMIT)
+            lowest, highest = tl.where(marked, wide_low, lowest), tl.where(marked, wide_high, highest)
+            first, second = tl.where(marked, highest, lowest), tl.where(marked, lowest, highest)
+            top = tl.where(marked, (TOP - 2) * 256.0, TOP * 256.0)
+        else:
+            middle = lowest + (highest * 0.5 - lowest * 0.5)
+            if HALVED:
+                middle = nearest_bfloat16(middle)
+            first = tl.where(marked, tl.where(below, -INFINITY, middle), lowest)
+            second = tl.where(marked, tl.where(above, INFINITY, middle), highest)
+            nan = nan | (marked & above & below)
+            top = tl.where(marked, TOP * 256.0, TOP * 256.0)
+        meta = tile * BLOCKS + (row * BLOCKS + b)
+        tl.store(low + meta, tl.where(nan, float("nan"), first).to(low.dtype.element_ty), mask=exists)
+        tl.store(high + meta, tl.where(nan, float("nan"), second).to(high.dtype.element_ty), mask=exists)
+        half_low, half = half_range(lowest, highest)
+        inverse = tl.div_rn(1.0, half) * top
+        j = tl.arange(0, W).to(tl.int64)
+        for _ in range(tl.cdiv(WORDS, W)):
+            at = tile * WORDS + (row[:, None] * WORDS + j[None, :])
+            random = first_random(at.to(tl.uint32), seed, salt)
+            word = tl.zeros((GROUPS, W), tl.int32)
+            if b > 0:  # what the blocks before have put there
+                word = tl.load(words + at, mask=(j < WORDS)[None, :], other=0)
+            for k in range((b + 1) * PER_BLOCK):
+                random = tl.where((k > 0) & (k % 4 == 0), next_random(random), random)
+                if k >= b * PER_BLOCK:
+                    used = careful_mask(row, j, left, k, GROUP, WORDS)
+                    place = x + tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
+                    plane = tl.load(place, mask=used, other=0).to(tl.float32)
+                    finite = tl.abs(plane) < INFINITY
+                    value = tl.where(finite, tl.minimum(tl.maximum(plane, -LIMIT), LIMIT), 0.0)
+                    position = (value * 0.5 - half_low[:, None]) * inverse[:, None]
+                    bent = bend(position, SLOPE, TERMS)
+                    if BITS > 1:
+                        bent = tl.where(marked[:, None], position + 256.0, bent)
+                    byte = ((random >> (8 * (k % 4))) & 0xFF).to(tl.int32)
+                    code = ((bent + 0.5).to(tl.int32) + byte) >> 8
+                    if BITS > 1:
+                        code = tl.where(finite, code, tl.where(plane > 0, TOP, 0))
+                    else:
+                        end = tl.where(above[:, None], plane == INFINITY, plane != -INFINITY)
+                        code = tl.where(marked[:, None], end.to(tl.int32), code)
+                    word = word | tl.where(used & (nan == 0)[:, None], code << (BITS * k), 0)
+            tl.debug_barrier()
+            tl.store(words + at, word, mask=exists[:, None] & (j < WORDS)[None, :])
+            j += W
+        tl.debug_barrier()
+
+
+@triton.jit
 def quantize_tile(
     x, seed, salt, words, low, high, tile, groups, numel,
     PARTIAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
@@ -141,6 +270,7 @@ def quantize_tile(
     at = row[:, None] * WORDS + j[None, :]
     random = first_random((tile * WORDS).to(tl.uint32) + at.to(tl.uint32), seed, salt)
     word = tl.zeros((GROUPS, W), tl.uint32)
+    calm = row >= 0
     for b in tl.static_range(BLOCKS):
         lowest = tl.full((GROUPS, W), INFINITY, tl.float32)
         highest = tl.full((GROUPS, W), -INFINITY, tl.float32)
@@ -157,8 +287,8 @@ def quantize_tile(
             begun = row * GROUP + b * BLOCK < left
             lowest, highest = tl.where(begun, lowest, 0.0), tl.where(begun, highest, 0.0)
         meta = tile * BLOCKS + (row * BLOCKS + b)
-        half_low, inverse, finite = keep_range(lowest, highest, low + meta, high + meta, exists, (1 << BITS) - 1)
-        part = tl.zeros((GROUPS, W), tl.uint32)
+        half_low, inverse, fine = keep_range(lowest, highest, low + meta, high + meta, exists, (1 << BITS) - 1)
+        calm = calm & fine
         for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
             used = plane_mask(row, j, left, k, PARTIAL, GROUP, WORDS)
             plane = planes[k - b * PER_BLOCK] if KEEP else load_plane(elements + k * WORDS, used, MASKED)
@@ -167,10 +297,12 @@ def quantize_tile(
             code = field(plane, half_low[:, None], inverse[:, None], random, k, BITS, SLOPE, TERMS)
             if MASKED:
                 code = tl.where(used, code, 0)
-            part = part | code
-        word = word | tl.where(finite[:, None], part, 0)
+            word = word | code
     word = word.to(tl.int32, bitcast=True)
     tl.store(words + tile * WORDS + at, word, mask=exists[:, None] & (j < WORDS)[None, :])
+    if tl.min(calm.to(tl.int32), 0) == 0:
+        quantize_careful(x, seed, salt, words, low, high, tile, groups, numel,
+                         BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["salt", "first", "groups", "numel"])
@@ -205,11 +337,13 @@ def quantize_long_kernel(
     PER_BLOCK: tl.constexpr = PLANES // BLOCKS
     MASKED: tl.constexpr = PARTIAL or WORDS % W != 0 or PLANES * WORDS != GROUP
     group = first + tl.program_id(0).to(tl.int64)
+    first_element, first_word = x, words
     x += group * GROUP
     words += group * WORDS
     left = tl.minimum(numel - group * GROUP, GROUP)
+    calm = tl.arange(0, 1) == 0
     lanes = tl.arange(0, W)[None, :].to(tl.int64)
-    half_lows, inverses, finites = (), (), ()
+    half_lows, inverses = (), ()
     for b in tl.static_range(BLOCKS):
         lowest = tl.full((1, W), INFINITY, tl.float32)
         highest = tl.full((1, W), -INFINITY, tl.float32)
@@ -225,10 +359,10 @@ def quantize_long_kernel(
         lowest = tl.where(begun, tl.reduce(lowest, 1, least), 0.0)
         highest = tl.where(begun, tl.reduce(highest, 1, greatest), 0.0)
         meta = group * BLOCKS + b + tl.arange(0, 1)
-        half_low, inverse, finite = keep_range(lowest, highest, low + meta, high + meta, meta >= 0, (1 << BITS) - 1)
+        half_low, inverse, fine = keep_range(lowest, highest, low + meta, high + meta, meta >= 0, (1 << BITS) - 1)
+        calm = calm & fine
         half_lows = half_lows + (half_low[:, None],)  # type: ignore[assignment]
         inverses = inverses + (inverse[:, None],)  # type: ignore[assignment]
-        finites = finites + (finite[:, None],)  # type: ignore[assignment]
     j = lanes
     for _ in range(tl.cdiv(WORDS, W)):
         random = first_random((group * WORDS + j).to(tl.uint32), seed, salt)
@@ -239,10 +373,59 @@ def quantize_long_kernel(
             used = (j < WORDS) & (j + k * WORDS < left)
             plane = load_plane(x + k * WORDS + j, used, MASKED)
             code = field(plane, half_lows[k // PER_BLOCK], inverses[k // PER_BLOCK], random, k, BITS, SLOPE, TERMS)
-            keep = finites[k // PER_BLOCK] & used if MASKED else finites[k // PER_BLOCK]
-            word = word | tl.where(keep, code, 0)
+            word = word | (tl.where(used, code, 0) if MASKED else code)
         tl.store(words + j, word.to(tl.int32, bitcast=True), mask=j < WORDS)
         j += W
+    if tl.min(calm.to(tl.int32), 0) == 0:
+        quantize_careful(first_element, seed, salt, first_word, low, high, group, group + 1, numel,
+                         BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, 1, W)  # fmt: skip
+
+
+@triton.jit
+def dequantize_careful(
+    words, low, high, x, tile, start, groups, numel,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
+    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Decodes a tile whatever is in it."""
+    tl.debug_barrier()  # what is written here must come after what was
+    BLOCKS: tl.constexpr = GROUP // BLOCK
+    PER_BLOCK: tl.constexpr = 32 // BITS // BLOCKS
+    TOP: tl.constexpr = (1 << BITS) - 1
+    BETWEEN: tl.constexpr = TOP - 2 if BITS > 1 else TOP
+    MOST: tl.constexpr = largest_of(x)
+    row, exists = rows(tile, groups, GROUPS)
+    row = row.to(tl.int64)
+    j = tl.arange(0, W).to(tl.int64) + start
+    left = tl.minimum(numel - tile * GROUP, GROUPS * GROUP)
+    at = tile * WORDS + (row[:, None] * WORDS + j[None, :])
+    word = tl.load(words + at, mask=(j < WORDS)[None, :], other=0).to(tl.uint32, bitcast=True)
+    for b in range(BLOCKS):
+        meta = tile * BLOCKS + (row * BLOCKS + b)
+        first, second = tl.load(low + meta).to(tl.float32), tl.load(high + meta).to(tl.float32)
+        if BITS > 1:
+            marked = first > second
+            lowest, highest = tl.where(marked, second, first), tl.where(marked, first, second)
+            below, above = tl.where(marked, -INFINITY, first), tl.where(marked, INFINITY, second)
+        else:
+            marked = (tl.abs(first) == INFINITY) | (tl.abs(second) == INFINITY)
+            lowest, highest, below, above = first, second, first, second
+        _, half = half_range(lowest, highest)
+        wide = half > WIDE
+        shrink, grow = tl.where(wide, 0.25, 1.0), tl.where(wide, 4.0, 1.0)
+        step, minimum = half * shrink * tl.where(marked, 2.0 / BETWEEN, 2.0 / TOP), lowest * shrink
+        for k in range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
+            code = ((word >> (BITS * k)) & TOP).to(tl.int32)
+            level = bend(code.to(tl.float32), SLOPE, TERMS)
+            if BITS > 1:
+                level = tl.where(marked[:, None], code.to(tl.float32) - 1.0, level)
+            value = (level * step[:, None] + minimum[:, None]) * grow[:, None]
+            value = tl.where(value < -MOST, -MOST, tl.where(value > MOST, MOST, value))
+            end = tl.where(code == 0, below[:, None], above[:, None])
+            value = tl.where(marked[:, None] & ((code == 0) | (code == TOP)), end, value)
+            mask = exists[:, None] & careful_mask(row, j, left, k, GROUP, WORDS)
+            place = x + tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
+            tl.store(place, value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -265,15 +448,22 @@ def dequantize_tile(
         word = tl.load(packed).to(tl.uint32, bitcast=True)
     else:
         word = tl.load(packed, mask=(j < WORDS)[None, :], other=0).to(tl.uint32, bitcast=True)
+    CALM: tl.constexpr = LARGEST_FLOAT16 if x.dtype.element_ty == tl.float16 else WIDE
+    calm = row >= 0
     for b in tl.static_range(BLOCKS):
         meta = tile * BLOCKS + (row * BLOCKS + b)
         lowest, highest = tl.load(low + meta).to(tl.float32), tl.load(high + meta).to(tl.float32)
-        step, minimum, factor = decode_scale(lowest, highest, TOP)
+        calm = calm & (lowest <= highest) & (lowest >= -CALM) & (highest <= CALM)
+        _, half = half_range(lowest, highest)
+        step = half * (2.0 / TOP)
         for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
             code = ((word >> (BITS * k)) & TOP).to(tl.int32).to(tl.float32)
-            value = (bend(code, SLOPE, TERMS) * step[:, None] + minimum[:, None]) * factor[:, None]
+            value = bend(code, SLOPE, TERMS) * step[:, None] + lowest[:, None]
             mask = exists[:, None] & plane_mask(row, j, left, k, PARTIAL, GROUP, WORDS)
             tl.store(elements + k * WORDS, value.to(x.dtype.element_ty), mask=mask)
+    if tl.min(calm.to(tl.int32), 0) == 0:
+        dequantize_careful(words, low, high, x, tile, start, groups, numel,
+                           BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "groups", "numel"])

@@ -33,6 +33,7 @@ from torch._dynamo.eval_frame import (
     OptimizedModule,  # what torch.compile(module) returns
     innermost_backend,
 )
+from torch._dynamo.exc import RestartAnalysis  # not an error: has Dynamo trace a frame once more
 from torch._dynamo.guards import install_guard
 from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
 from torch._dynamo.utils import graph_break_reasons
@@ -40,8 +41,8 @@ from torch._dynamo.utils import graph_break_reasons
 # Dynamo's list of functions that it asks `__torch_function__` about; it leaves out those of torch.sparse.
 from torch._dynamo.variables.torch import get_overridable_functions
 
-# Descriptors of the inputs and outputs of AOTAutograd's graphs: which of Dynamo's they are, and which output is saved for
-# backward; `output.meta["desc"]` must list one per output (2.11+).
+# Descriptors of the inputs and outputs of AOTAutograd's graphs: which of Dynamo's they are, and which output is saved
+# for backward; `output.meta["desc"]` must list one per output (2.11+).
 from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput,
     PlainAOTInput,
@@ -66,11 +67,9 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 
-# Inductor's loop IR: a whole op as one loop body compiles ten times faster than as many aten ops.
-from torch._inductor.ir import ConcatKernel, Pointwise, TensorBox
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+# How Inductor compiles an op: the casts of ours, which are to fuse like any other.
+from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
-from torch._inductor.virtualized import ops as loop_ops
 
 # What TORCH_TRACE writes and tlparse reads.
 from torch._logging import trace_structured
@@ -98,30 +97,31 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 # Turns a sympy expression into graph nodes; torch's own runtime-assert pass uses it so.
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing  # how Inductor spells divided sizes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import IntInfinity
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import bound_sympy
 
+# Tensor subclasses: made without a copy, used without asking their `__torch_function__`, and those without one.
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+disabled_torch_function = torch._C._disabled_torch_function_impl
+make_subclass = torch.Tensor._make_subclass
+
 __all__ = [
     "ConvertFrameAssert",
     "CustomPartitionerFn",
     "DataDependentOutputException",
+    "DisableTorchFunctionSubclass",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
-    "FloorDiv",
     "GlobalStateSource",
     "Guard",
     "GuardOnDataDependentSymNode",
     "IntInfinity",
     "InvalidCxxCompiler",
-    "ModularIndexing",
     "OptimizedModule",
-    "ConcatKernel",
-    "Pointwise",
-    "TensorBox",
+    "RestartAnalysis",
     "ShapeEnv",
     "StorageWeakRef",
     "UnsupportedFakeTensorException",
@@ -138,12 +138,12 @@ __all__ = [
     "decompose",
     "dispatch_in_traces",
     "detect_fake_mode",
+    "disabled_torch_function",
     "dynamo_config",
     "eval_frame",
     "evaluate",
     "expression",
     "fake_values",
-    "fallback_handler",
     "formula",
     "free_unbacked_symbols",
     "functorch_config",
@@ -158,15 +158,14 @@ __all__ = [
     "is_input_mutation",
     "known_before_the_call",
     "known_true",
-    "least_product",
     "innermost_backend",
     "is_unbacked",
-    "known_true",
     "largest",
-    "loop_ops",
+    "least_product",
     "lowerings",
     "make_boxed_func",
     "makes_sizes",
+    "make_subclass",
     "min_cut_rematerialization_partition",
     "most_ratio",
     "number",
@@ -241,7 +240,7 @@ def compiling() -> bool:
 
 
 def dispatch_in_traces(*functions: Any) -> None:
-    """Has Dynamo ask `__torch_function__` about these functions as Python does; of torch.sparse it knows none (2.13)."""
+    """Has Dynamo ask `__torch_function__` about these functions, as Python does."""
     get_overridable_functions().update(functions)
 
 
@@ -274,7 +273,7 @@ def is_input_mutation(descriptor: Any) -> bool:
 
 
 def known_before_the_call(placeholder: torch.fx.Node) -> bool:
-    """Whether an input of Dynamo's graph is a global, or belongs to a module; `_dynamo_source` tells where it was found."""
+    """Whether an input of Dynamo's graph is a global, or belongs to a module."""
     source = getattr(placeholder, "_dynamo_source", None)
     return source is None or is_from_global_source(source) or is_from_unspecialized_nn_module_source(source)
 
@@ -283,6 +282,8 @@ def graph_break_of(gm: torch.fx.GraphModule) -> Any:
     """Dynamo's record of the break that ended a graph, with `reason` and `user_stack`; None for one that returns."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return reason if reason is not None and reason.graph_break else None
+
+
 _bounds: "weakref.WeakKeyDictionary[ShapeEnv, dict[Any, int]]" = weakref.WeakKeyDictionary()
 
 

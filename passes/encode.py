@@ -19,6 +19,10 @@ Decode = Callable[[Sequence[fx.Node], Sizes], fx.Node]
 """From the backward inputs that hold the encoded parts to the decoded tensor, at backward's insertion point."""
 
 
+Units = Callable[[fx.Graph], tuple[fx.Node | None, ...]]
+"""Makes the shift and the scale of each column at the insertion point of either graph."""
+
+
 class Seeds:
     """The random bits of one forward call: a tensor of seeds on each device, drawn once; a row for each user."""
 
@@ -52,11 +56,14 @@ class Seeds:
                 self.placeholders[device].meta["val"] = node.meta["val"]
 
 
-def encode(split: Split, codec: Codec, x: fx.Node, seeds: Seeds) -> tuple[list[fx.Node], Decode]:
+def encode(
+    split: Split, codec: Codec, x: fx.Node, seeds: Seeds, by: Units | None = None
+) -> tuple[list[fx.Node], Decode]:
     """Encodes a tensor `x` at the forward graph's insertion point; returns what is to be saved.
 
     Args:
         x: its dimensions are in the order of memory. Decoded it is contiguous.
+        by: makes the shift and the scale of the columns of `x` at the insertion point of either graph, for `Quantize`.
 
     Raises:
         TypeError: the codec keeps nothing, or keeps it as it is.
@@ -69,11 +76,11 @@ def encode(split: Split, codec: Codec, x: fx.Node, seeds: Seeds) -> tuple[list[f
                 return _projected(split, codec, x, seeds)
             seed, salt = seeds.draw(value.device)
             fields = (fmt.bits, fmt.block, fmt.levels)
-            encoded = _parts(
-                graph, call(graph, ops.quantize.default, x, seed, salt, *fields, fmt.metadata, fmt.words, like=x)
-            )
+            units: Units = by or (lambda graph: ())
+            whole = (*fields, fmt.metadata, fmt.words, *units(graph))
+            encoded = _parts(graph, call(graph, ops.quantize.default, x, seed, salt, *whole, like=x))
             return encoded, lambda parts, sizes: call(
-                back, ops.dequantize.default, *parts, sizes(), value.dtype, *fields
+                back, ops.dequantize.default, *parts, sizes(), value.dtype, *fields, *units(back)
             )
         case Copy():
             return [call(graph, ops.copy.default, x, like=x)], lambda parts, sizes: parts[0]

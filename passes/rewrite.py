@@ -1,6 +1,8 @@
 """`rewrite`: encodes in forward what the plan compresses, and decodes it in backward just before its first use."""
 
+import functools
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,16 +41,17 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
     """
     activation, value = choice.activation, choice.activation.value
     order = memory_order(value)
-    standardised = None
+    source, by = activation.node, None
+    units: tuple[fx.Node, ...] = ()
     if isinstance(choice.codec, Quantize) and choice.codec.standardised:
-        standardised = standard(activation.node)
-        assert standardised is not None  # plan asked
-    source = activation.node if standardised is None else standardised.result
-    with _after(split, source, seeds):
+        form = standard(activation.node)
+        assert form is not None  # plan asked
+        by, units = functools.partial(_columns, split, form), (form.scale, *form.plus, *form.minus)
+    with _after(split, (source, *units), seeds):
         x = source
         if order != list(range(value.dim())):
             x = call(split.forward.graph, aten.permute.default, x, order, like=x)
-        encoded, decode = encode(split, choice.codec, x, seeds)
+        encoded, decode = encode(split, choice.codec, x, seeds, by)
     if isinstance(choice.codec, Narrow) and not isinstance(activation.bound, int):
         _assert_fits(split, activation, choice.codec.dtype)
     name, old = activation.node.name.replace("primals_", "crossing_"), activation.placeholder  # torch reads "primals"
@@ -57,36 +60,36 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
     for users in _uses_apart(old):
         with split.backward.graph.inserting_before(first_use(old, users)):
             decoded = decode(inputs, lambda: [split.size_in_backward(value.shape[d]) for d in order])
-            if standardised is not None:
-                decoded = _unstandardised(split, decoded, standardised, value.dtype)
             if x is not source:
                 back = [order.index(d) for d in range(value.dim())]
                 decoded = call(split.backward.graph, aten.permute.default, decoded, back)
         for user in users:
             user.replace_input_with(old, decoded)
-        if decoded in inputs:
-            continue
-        inherit_origin(decoded, old)
-        if dense_order(value) is not None:
-            decoded.meta["val"] = old.meta["val"]
-        else:
+        if decoded not in inputs:
+            inherit_origin(decoded, old)
+        if dense_order(value) is None:
             renew_views(decoded)
+        elif decoded not in inputs:
+            decoded.meta["val"] = old.meta["val"]
     split.drop(old)
 
 
-def _unstandardised(split: Split, decoded: fx.Node, by: Standard, dtype: torch.dtype) -> fx.Node:
-    """`decoded / scale + sum(plus) - sum(minus)` in backward."""
-    graph, here = split.backward.graph, dict(split.pairs)
+def _columns(split: Split, form: Standard, graph: fx.Graph) -> tuple[fx.Node | None, fx.Node]:
+    """The shift, `sum(plus) - sum(minus)`, and the scale of a standardised form, in one of the graphs."""
+    here = dict(split.pairs)
 
     def column(node: fx.Node) -> fx.Node:
+        if graph is split.forward.graph:
+            return node
         return here.get(node) or split.save(node, f"{node.name}_by_column")
 
-    back = call(graph, aten.div.Tensor, decoded, column(by.scale))
-    for shift in by.plus:
-        back = call(graph, aten.add.Tensor, back, column(shift))
-    for shift in by.minus:
-        back = call(graph, aten.sub.Tensor, back, column(shift))
-    return back if dtype is torch.float32 else call(graph, torch.ops.prims.convert_element_type.default, back, dtype)
+    shift = None
+    for node in form.plus:
+        shift = column(node) if shift is None else call(graph, aten.add.Tensor, shift, column(node))
+    for node in form.minus:
+        negative = call(graph, aten.neg.default, column(node)) if shift is None else None
+        shift = negative or call(graph, aten.sub.Tensor, shift, column(node))
+    return shift, column(form.scale)
 
 
 def _uses_apart(placeholder: fx.Node) -> list[list[fx.Node]]:
@@ -100,10 +103,10 @@ def _uses_apart(placeholder: fx.Node) -> list[list[fx.Node]]:
 PARTS = ("words", "low", "high")  # what an encoded tensor has at most
 
 
-def _after(split: Split, node: fx.Node, seeds: Seeds) -> Any:
-    """Insertion point behind `node`, and behind all inputs of the graph and the seeds."""
+def _after(split: Split, nodes: Iterable[fx.Node], seeds: Seeds) -> Any:
+    """Insertion point behind `nodes`, and behind all inputs of the graph and the seeds."""
     graph = split.forward.graph
-    return graph.inserting_before(max(node, *graph.find_nodes(op="placeholder"), *seeds.nodes.values()).next)
+    return graph.inserting_before(max(*nodes, *graph.find_nodes(op="placeholder"), *seeds.nodes.values()).next)
 
 
 def _recompute(split: Split, activation: SavedActivation) -> None:

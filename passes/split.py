@@ -24,7 +24,7 @@ class Split:
         forward, backward: what torch's partitioner returned; both are changed in place.
         outputs: number of the forward's outputs that are not saved activations.
         parameters: names of the forward's inputs that live from step to step, parameters and buffers.
-        crossing: positions of Dynamo's inputs that come from before a graph break: nothing holds them but what saves them.
+        crossing: positions of Dynamo's inputs that come from before a graph break: only what saves them holds them.
         handed_on: whether the user's outputs go on to what follows a graph break, and are not held by the user.
     """
 
@@ -48,9 +48,24 @@ class Split:
             for n, descriptor in zip(self.user_outputs, described, strict=False)
             if isinstance(n, fx.Node) and (not handed_on or _torch.is_input_mutation(descriptor))
         }
-        for node in forward.graph.find_nodes(op="placeholder"):
-            if _torch.input_position(node) in crossing and is_tensor(node) and not any(map(writes, node.users)):
-                node.meta[CROSSING] = True
+        self.crossing = {  # by Dynamo's position
+            position: node
+            for node in forward.graph.find_nodes(op="placeholder")
+            if (position := _torch.input_position(node)) is not None
+            and position in crossing
+            and is_tensor(node)
+            and not any(map(writes, node.users))
+        }
+        for node in self.crossing.values():
+            node.meta[CROSSING] = True
+        self.given = {  # outputs that go on, by Dynamo's position
+            position: root(n)
+            for n, descriptor in zip(self.user_outputs, described, strict=False)
+            if handed_on
+            and (position := _torch.output_position(descriptor)) is not None
+            and isinstance(n, fx.Node)
+            and not is_input(root(n))
+        }
         saved, inputs = returned[outputs:], backward.graph.find_nodes(op="placeholder")
         sizes = sum(is_size(n) for n in saved)
         # By position: states of random generators (of checkpointed regions) have another name in either graph.
@@ -183,27 +198,6 @@ class Split:
         for _, placeholder in unused:
             self.drop(placeholder)
         return [n for n, _ in unused]
-
-    def kept_inputs(self) -> tuple[int, ...]:
-        """Positions of Dynamo's inputs that come from before a graph break and are saved as they are."""
-        saved = {root(n) for n, _ in self.pairs}
-        positions = (
-            _torch.input_position(n)
-            for n in self.forward.graph.find_nodes(op="placeholder")
-            if n in saved and not is_input(n)
-        )
-        return tuple(p for p in positions if p is not None)
-
-    def kept_outputs(self) -> tuple[int, ...]:
-        """Positions of Dynamo's outputs that go on behind a graph break and are saved as they are."""
-        saved = {root(n) for n, _ in self.pairs} - self.returned
-        described = zip(self.user_outputs, self.output.meta.get("desc") or (), strict=False)
-        positions = (
-            _torch.output_position(d)
-            for n, d in described
-            if isinstance(n, fx.Node) and root(n) in saved and not is_input(root(n))
-        )
-        return tuple(p for p in positions if p is not None)
 
     def finish(self) -> None:
         """Writes the saved values back to the forward's output and recompiles both graphs."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from .codecs import Keep, LowRank, Narrow, PackBits, Prune, Quantize, SampleRows
+from .codecs import Copy, Keep, LowRank, Narrow, PackBits, Prune, Quantize, SampleRows
 from .plan import Plan
 from .split import Split, is_size, is_tensor
 
@@ -83,6 +83,9 @@ def verify(split: Split, plan: Plan, user_outputs: list[object], gradients: int)
         made = forward.find_nodes(op="call_function", target=encoding)
         read = {n.args[0] for n in backward.find_nodes(op="call_function", target=decoding)}
         _require((len(made), len(read)) == (number, number), "encoded, planned and decoded numbers differ", encoding)
+    copies = sum(isinstance(c.codec, Copy) for c in compressed)
+    made = forward.find_nodes(op="call_function", target=ops.copy.default)
+    _require(len(made) == copies, "copied and planned numbers differ", made)
     signs = [
         {n.args[1:] for n in g.find_nodes(op="call_function", target=ops.rademacher.default)}
         for g in (forward, backward)

@@ -98,9 +98,10 @@ class _Choice:
         if not is_tensor(node) or not steps or not all(self._follows(v, node) for v in below):
             return apart
         together = _Saved(_nbytes(node), {node: below})
-        small = len(parts) > 1 and min(_nbytes(n) for n in apart.saved) < self.min_bytes <= together.nbytes
-        fewer = together.nbytes < apart.nbytes or (together.nbytes == apart.nbytes and small)
-        return together if fewer else apart
+        small = len(apart.saved) > 1 and min(map(_nbytes, apart.saved)) < self.min_bytes <= together.nbytes
+        joined = any(source not in of_it for source, of_it in apart.saved.items())  # then rather of the tensor itself
+        as_good = together.nbytes == apart.nbytes and (small or joined)
+        return together if as_good or together.nbytes < apart.nbytes else apart
 
     def _follows(self, view: fx.Node, node: fx.Node) -> bool:
         """Whether backward could take a view again from what is decoded of `node`."""

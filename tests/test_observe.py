@@ -125,3 +125,14 @@ def test_nothing_is_seen_without_gradients() -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(TypeError, match="unknown option 'bit'"):
         observed(Mlp(), Seen(), bit=2)
+
+
+def test_a_piece_of_a_tensor_is_seen_as_it_is_cut_into_blocks() -> None:
+    layer, seen = nn.Linear(16, 64), Seen()
+
+    def model(x: Tensor) -> Tensor:
+        return layer(x).view(-1, 4, 16)[:, 1::2].transpose(0, 1).sin().sum()
+
+    observed(model, seen, **SAVED)(torch.randn(32, 16))
+    ((choice,), (value,)) = seen.choices, seen.values
+    assert choice.activation.shape == (32, 2, 16) and value.shape == (32, 2, 16) and value.is_contiguous()

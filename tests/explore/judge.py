@@ -227,6 +227,8 @@ def _wrong(case: Case, gradient: Any) -> Outcome:
         return Outcome("bias not claimed", figures)
     if "not finite" in gradient.wrong:
         return Outcome("not finite", figures)
+    if "exact" in gradient.wrong:
+        return Outcome("gradients", f"{gradient.name}: {gradient.arithmetic:.2g} without rounding")
     defaults = not {"bits", "nonlinear_bits", "levels", "block", "projection"} & case.options.keys()
     matters = gradient.bias * min(1.0, gradient.share / 0.05)
     if gradient.wrong and defaults and matters > TOLERATED:

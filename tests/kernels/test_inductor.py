@@ -1,4 +1,4 @@
-"""What Inductor compiles to C++ equals the reference to the bit, on every kind of data.
+"""The ops called from graphs that Inductor compiles equal the reference to the bit, on every kind of data.
 
 Encoding and decoding are compiled together but on separate inputs, so that no intermediate value can be handed over
 without passing through its encoded form.
@@ -10,7 +10,6 @@ import torch
 from actcompile.kernels import BlockFormat
 from actcompile.kernels.lossless import pack_bits_reference
 from actcompile.kernels.quantize import dequantize_reference, quantize_reference
-from actcompile.passes import loops_decode, loops_encode  # noqa: F401  register the lowerings
 from tests.strategies import KINDS, assert_same_bits, assert_same_encoding, seed_tensor, values
 
 pytestmark = pytest.mark.slow

@@ -54,7 +54,7 @@ assert torch.equal(forms().unpack_bits(packed, x.shape), x > 0)
 """
 
 
-def test_without_triton_the_aten_forms_stand_in_and_one_warning_says_what_to_install():
+def test_without_triton_the_references_stand_in_and_one_warning_says_what_to_install():
     finished = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRITON],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -1,0 +1,190 @@
+"""The ops on CPU tensors: small C++ kernels, compiled once and kept, or the references, run by run.
+
+The C++ is compiled by what Inductor compiles its own with, and kept where Inductor keeps its own. Where there is no
+compiler, the references stand in.
+"""
+
+import ctypes
+import itertools
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ._torch import load_cpp
+from .format import BlockFormat, bit_words
+from .levels import decode_map, encode_map
+from .lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
+from .quantize import columns, dequantize, dequantize_in_runs, empty_encoding, quantize, quantize_in_runs
+
+log = logging.getLogger(__name__)
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
+
+
+P, I32, I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+ARGUMENTS = {
+    "quantize": (P, P, I32, I64, P, P, I64, P, P, P, P, I32),
+    "dequantize": (P, P, P, P, I64, P, P, I64, P, I32, I32),
+    "pack_bits": (P, I64, I64, P, I32),
+    "unpack_bits": (P, I64, I64, P, I32),
+}
+MOST_TERMS = 16
+SPECIALISE = True
+
+
+class Format(ctypes.Structure):
+    """`Format` of quantize.cpp."""
+
+    _fields_ = [
+        *((name, I32) for name in ("block", "words", "group", "blocks", "bfloat16")),
+        *((name, ctypes.c_float) for name in ("limit", "encode_slope", "decode_slope")),
+        *((name, ctypes.c_float * (3 * MOST_TERMS)) for name in ("encode", "decode")),
+    ]
+
+
+@lru_cache
+def _load(file: str, functions: tuple[str, ...], **constants: int) -> ctypes.CDLL | None:
+    source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    try:
+        library = load_cpp(source + Path(__file__).with_name(file).read_text())
+    except (RuntimeError, OSError) as error:
+        _warn(str(error).strip().splitlines()[0])
+        return None
+    for name in functions:
+        function = getattr(library, name)
+        function.argtypes, function.restype = ARGUMENTS[name], None
+    return library
+
+
+@lru_cache
+def _warn(reason: str) -> None:
+    log.warning(
+        "No C++ kernels (%s): activations on the CPU are encoded by plain torch ops, many times slower. Install g++ or "
+        "clang, or set CXX to one.",
+        reason,
+    )
+
+
+@lru_cache
+def compiled(fmt: BlockFormat) -> tuple[ctypes.CDLL | None, Format]:
+    """`quantize` and `dequantize`, None where they can't be compiled, and the format as they take it.
+
+    Every format is compiled by itself, in a second; while `SPECIALISE` is false, formats of the same bits and the same
+    number of clamps share their code.
+    """
+    (encode_slope, encode), (decode_slope, decode) = encode_map(fmt), decode_map(fmt)
+    bfloat16 = fmt.metadata == torch.bfloat16
+    sizes = (fmt.block, fmt.words, fmt.group, fmt.blocks_per_group, bfloat16)
+    numbers = (*sizes, torch.finfo(fmt.metadata).max, encode_slope, decode_slope)
+    terms = ((ctypes.c_float * (3 * MOST_TERMS))(*itertools.chain(*terms)) for terms in (encode, decode))
+    constants = {"BITS": fmt.bits, "ENCODE_TERMS": len(encode), "DECODE_TERMS": len(decode)}
+    constants |= dict(zip(("BLOCK", "WORDS", "GROUP", "BLOCKS"), sizes if SPECIALISE else (0, 0, 0, 0), strict=False))
+    library = _load("quantize.cpp", ("quantize", "dequantize"), **constants)
+    return library, Format(*numbers, *terms)
+
+
+def bits_library() -> ctypes.CDLL | None:
+    """`pack_bits` and `unpack_bits`; None where they can't be compiled."""
+    return _load("bits.cpp", ("pack_bits", "unpack_bits"))
+
+
+def _threads(numel: int) -> int:
+    return 1 if numel < ALONE else torch.get_num_threads()
+
+
+@quantize.register_kernel("cpu")
+def _(
+    x: Tensor,
+    seed: Tensor,
+    salt: int,
+    bits: int,
+    block: int,
+    levels: str,
+    metadata: torch.dtype,
+    words: int,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    fmt = BlockFormat(bits, block, levels, metadata, words)
+    library, native = compiled(fmt)
+    if library is None or x.dtype not in KINDS:
+        return quantize_in_runs(x, seed, salt, fmt, shift, scale)
+    encoded = empty_encoding(x, fmt)
+    dense, by_column = x.contiguous(), _by_column(shift, scale)
+    library.quantize(
+        ctypes.addressof(native), dense.data_ptr(), KINDS[x.dtype], x.numel(), *map(_address, by_column),
+        _width(x.shape), seed[salt].contiguous().data_ptr(), *(part.data_ptr() for part in encoded),
+        _threads(x.numel()),
+    )  # fmt: skip
+    return encoded
+
+
+@dequantize.register_kernel("cpu")
+def _(
+    words: Tensor,
+    low: Tensor,
+    high: Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype,
+    bits: int,
+    block: int,
+    levels: str,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
+    library, native = compiled(fmt)
+    if library is None or dtype not in KINDS:
+        return dequantize_in_runs(words, low, high, size, dtype, fmt, shift, scale)
+    x = torch.empty(list(size), dtype=dtype)
+    parts = [part.contiguous() for part in (words, low, high)]
+    by_column = _by_column(shift, scale, inverse=True)
+    library.dequantize(
+        ctypes.addressof(native), *(part.data_ptr() for part in parts), x.numel(), *map(_address, by_column),
+        _width(size), x.data_ptr(), KINDS[dtype], _threads(x.numel()),
+    )  # fmt: skip
+    return x
+
+
+@pack_bits.register_kernel("cpu")
+def _(mask: Tensor, words: int) -> Tensor:
+    library = bits_library()
+    if library is None:
+        return pack_bits_in_runs(mask, words)
+    packed = torch.empty(bit_words(mask.numel(), words), dtype=torch.float32)
+    dense = mask.contiguous()
+    library.pack_bits(dense.data_ptr(), mask.numel(), words, packed.data_ptr(), _threads(mask.numel()))
+    return packed
+
+
+@unpack_bits.register_kernel("cpu")
+def _(packed: Tensor, size: Sequence[int]) -> Tensor:
+    library = bits_library()
+    if library is None:
+        return unpack_bits_in_runs(packed, size)
+    mask = torch.empty(list(size), dtype=torch.bool)
+    dense = packed.contiguous()
+    library.unpack_bits(dense.data_ptr(), mask.numel(), packed.shape[1], mask.data_ptr(), _threads(mask.numel()))
+    return mask
+
+
+def _by_column(
+    shift: Tensor | None, scale: Tensor | None, inverse: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Shift and scale, or its inverse, as contiguous rows of numbers."""
+    if scale is None:
+        return None, None
+    shift, scale = columns(shift, scale)
+    return shift.contiguous(), (scale.reciprocal() if inverse else scale).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _width(size: Sequence[int]) -> int:
+    return size[-1] if size else 1
