@@ -350,6 +350,8 @@ def least_product(sizes: Any) -> float:
 
 def most_ratio(sizes: Any, others: Any) -> float:
     """An upper bound of the ratio of two products of sizes: that of the trace, infinite where one depends on data."""
+    if all(isinstance(size, int) for size in (*sizes, *others)):
+        return math.prod(sizes) / max(math.prod(others), 1)
     remaining = list(others)
     apart = []
     for size in sizes:  # equal sizes cancel, whatever they are

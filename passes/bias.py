@@ -250,6 +250,8 @@ class _Propagation:
 def _joined(forms: Iterable[Form]) -> Form:
     """The form of a sum; of equal biases the op that comes first."""
     forms = list(forms)
+    if len(forms) == 1:
+        return forms[0]
     worst = min(forms, key=lambda f: (f.averaged_over, f.through is None, f.through))
     shares = frozenset(share for form in forms for share in form.shares)
     return Form(shares, worst.averaged_over, worst.through)
@@ -282,6 +284,8 @@ def _places(output: Polynomial, name: str, bound: Mapping[str, Any], value: Any)
 
 def _moved(form: Form, repeats: float, count: float, mean: bool) -> Form:
     """The form of an argument after it was brought to its places in a result, and added up there."""
+    if repeats == count == 1:
+        return form
     shares = set()
     for share in form.shares:
         if share.summed == 1:
