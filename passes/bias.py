@@ -11,7 +11,8 @@ its mean is off by `Var(e)` times the shares that `e` has in them. The *share* o
 
 So `x * mean(x)` of BatchNorm's backward is biased by the variance over `n`, while `x * f(x)` is biased by all of it,
 also where the sum or mean over many rows is taken afterwards: that averages the noise, not the bias. A non-linear
-function of one element is biased by its variance; of a mean, by that of the mean.
+function of one element is biased by its variance; of a mean, by that of the mean. Where the function is *steep* near
+zero (a divisor, a logarithm, a root), no variance bounds the bias: what matters is the error relative to the element.
 
 `bias` follows the shares through the backward graph, op by op, by the rules of `linearity`, and returns for each source
 the worst product, as the number `n` by which its variance is divided. Whatever it cannot prove counts as made of single
@@ -35,7 +36,12 @@ from torch import fx
 
 from . import _torch
 from .linearity import Polynomial, Term, rule_for
+from .signs import never_negative
 
+STEEP = {"div": "other", "reciprocal": "self", "rsqrt": "self", "sqrt": "self", "pow": "self"}  # op -> argument
+STEEP |= {"log": "self", "log2": "self", "log10": "self"}
+AWAY = 0.05  # what is larger is not near zero
+SPREADS = ("aten.var", "aten.var_mean", "aten.std")  # made of sums, but not linear
 NEARLY = 4  # a sum of n elements times 1 / n up to such a factor is a mean: 1 / (n - 1), 2 / n
 
 
@@ -70,7 +76,8 @@ class Form:
 
     Attributes:
         shares: those that occur among the elements of the value.
-        averaged_over: its mean is off by the variance of an element over so many; infinite where it is not off.
+        averaged_over: its mean is off by the variance of an element over so many; infinite where it is not off, 0 where
+            a function that is steep near zero was taken of single elements.
         through: the op that did so.
     """
 
@@ -99,11 +106,13 @@ class Dependence:
         biased: whether rounding it moves the mean of a gradient.
         through: the op of the backward graph that does so most.
         averaged_over: the bias is the rounding's variance over so many elements; 1: element by element; 0: no bias.
+        steep: element by element, through a function that is steep near zero.
     """
 
     biased: bool
     through: fx.Node | None = None
     averaged_over: int = 0
+    steep: bool = False
 
     @property
     def op(self) -> str:
@@ -167,6 +176,8 @@ class _Propagation:
             if isinstance(parts, list) and isinstance(index, int):
                 return parts[index]
             return everything if isinstance(whole, fx.Node) and not self.of(index) else self.unknown(node, everything)
+        if str(getattr(node.target, "overloadpacket", "")) in SPREADS:
+            return self.spread(node, everything)
         found = None if _has_effect(node) else rule_for(node)
         if "val" not in node.meta or (found is None and not _is_pointwise(node)):
             return self.unknown(node, everything)
@@ -195,11 +206,19 @@ class _Propagation:
             for one, other in _meeting(output, given):
                 if other in output.named or _is_pointwise(node):
                     over = min(a.meets(b) for a in given[one].shares for b in given[other].shares)
-                    form = form.biased(over, node)
+                    single = any(share.summed == 1 for share in given[other].shares)
+                    form = form.biased(0.0 if single and _is_steep(node, bound.get(other)) else over, node)
                 else:
                     form = form.unknown(node)
             result[source] = _scaled(form, _factor(node))
         return result
+
+    @staticmethod
+    def spread(node: fx.Node, forms: Forms) -> Forms:
+        """The forms of a variance: of means over its dimensions, and off by all of an element's variance."""
+        operand, bound = node.args[0].meta["val"], {"dim": node.args[1] if len(node.args) > 1 else None}  # type: ignore[union-attr]
+        count = _torch.least_product(_reduced(Term(("input",), "sum"), bound, operand))
+        return {source: _moved(form, 1.0, count, True).biased(1.0, node) for source, form in forms.items()}
 
     def of(self, argument: Any) -> Forms:
         """The forms of an argument: a node, or containers that hold nodes, all of them added up."""
@@ -304,7 +323,28 @@ def _scaled(form: Form, factor: float) -> Form:
 def _dependence(form: Form | None) -> Dependence:
     if form is None or form.averaged_over == math.inf:
         return Dependence(False)
-    return Dependence(True, form.through, int(form.averaged_over))
+    return Dependence(True, form.through, max(1, int(form.averaged_over)), steep=form.averaged_over == 0)
+
+
+def _is_steep(node: fx.Node, argument: Any) -> bool:
+    """Whether a call takes a function that is steep near zero of an argument which may be near zero."""
+    name = str(getattr(node.target, "overloadpacket", "")).partition(".")[2]
+    position = {"other": 1, "self": 0}.get(STEEP.get(name, ""))
+    if position is None or len(node.args) <= position or node.args[position] is not argument:
+        return False
+    if name == "pow":
+        power = _torch.number(node.args[1])
+        return power is None or power < 0 or not power.is_integer()
+    return not _is_away(argument)
+
+
+def _is_away(node: Any) -> bool:
+    """Whether a value is never near zero: what is never negative, and a number added."""
+    if not isinstance(node, fx.Node) or node.target not in (torch.ops.aten.add.Tensor, torch.ops.aten.add.Scalar):
+        return False
+    numbers = [n for a in node.args[:2] if (n := _torch.number(a)) is not None]
+    values = [a for a in node.args[:2] if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)]
+    return len(values) == 1 and bool(numbers) and numbers[0] >= AWAY and never_negative(values[0])
 
 
 def _is_pointwise(node: fx.Node) -> bool:

@@ -191,6 +191,11 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
         return Keep(), f"biased through {dependence.op}: kept exact by the configuration"
     if _is_column(value):
         return Keep(), f"one number per row, biased through {dependence.op}: kept exact"
+    if dependence.steep and policy.nonlinear_bits == "auto":
+        how = f"biased through {dependence.op}, element by element, and steep near zero"
+        if value.dtype is torch.float32:
+            return Cast(torch.bfloat16), f"{how}: rounded relative to each element"
+        return Keep(), f"{how}: kept exact"
     bits, how = bits_of(dependence, value, policy), "in the configuration's bits"
     assert bits is not None
     if policy.nonlinear_bits == "auto":
@@ -207,6 +212,8 @@ def bits_of(dependence: Dependence, value: torch.Tensor, policy: Policy) -> int 
         return None
     if policy.nonlinear_bits != "auto":
         return policy.nonlinear_bits
+    if dependence.steep:
+        return 16
     if dependence.averaged_over >= MANY and policy.bits is not None:
         return policy.bits
     return max(4, policy.bits or 4) if dependence.averaged_over >= FEW else 8

@@ -140,7 +140,7 @@ def _kernels(state: Run) -> None:
     for width in (256, 100):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(rows, width, device=state.device, dtype=dtype)
-            for fmt in _formats():
+            for fmt in _formats(state.tiny):
                 named = {"width": width, "dtype": str(dtype)[6:], "bits": fmt.bits, "block": fmt.block}
 
                 def quantise(x: Tensor = x, fmt: BlockFormat = fmt, named: Row = named) -> None:
@@ -150,9 +150,9 @@ def _kernels(state: Run) -> None:
     state.attempt(lambda: _bits(state, rows), "kernels", ENOUGH["kernels"], op="pack_bits")
 
 
-def _formats() -> Iterator[BlockFormat]:
-    for bits in (2, 4, 8, 1):
-        for block in (64, 256, 1024):
+def _formats(few: bool) -> Iterator[BlockFormat]:
+    for bits in (2, 8) if few else (2, 4, 8, 1):
+        for block in (64,) if few else (64, 256, 1024):
             yield BlockFormat(bits, block, "variance-minimising" if bits in (2, 4) else "uniform", torch.bfloat16)
 
 
