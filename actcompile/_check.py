@@ -262,13 +262,13 @@ class _Check:
     def notes(self, graphs: Graphs) -> Iterable[str]:
         if not graphs.reports:
             yield "no graph was compiled with a backward pass: explain(model, *inputs) tells why"
-        elif not graphs.rounded():
+        elif not graphs.rounded() and self.task.model.training:
             yield (
                 "nothing is rounded: every gradient is exact. Where tensors are small, "
                 'options={"min_bytes": 0} checks what larger ones would do'
             )
-        if not self.task.model.training:
-            yield "the model is in eval mode; model.train() checks what training does"
+        if not self.task.model.training and self.config.when == "training":
+            yield "the model is in eval mode, where gradients are exact; after model.train() this checks training"
         if not self.same_dropout:
             yield "the inner compiler draws other random numbers with our passes: no arithmetic error can be told"
 
