@@ -139,7 +139,7 @@ class _Check:
         errors = {n: Errors(self.exact[n], choosing, self.resolution(n)) for n in names or self.exact}
         with Variant(self.task, config, only) as variant:
             for seed in range(self.seeds):
-                outputs, found = variant.step(1 + seed)
+                outputs, found = variant.step(1000 * self.seeds + seed)  # a check of other length has others
                 if not _alike(outputs, self.outputs):
                     raise ValueError("the model's outputs are not those of the same step without rounding; " + REPEAT)
                 for name, error in errors.items():
@@ -262,13 +262,13 @@ class _Check:
     def notes(self, graphs: Graphs) -> Iterable[str]:
         if not graphs.reports:
             yield "no graph was compiled with a backward pass: explain(model, *inputs) tells why"
-        elif not graphs.rounded():
+        elif not graphs.rounded() and self.task.model.training:
             yield (
                 "nothing is rounded: every gradient is exact. Where tensors are small, "
                 'options={"min_bytes": 0} checks what larger ones would do'
             )
-        if not self.task.model.training:
-            yield "the model is in eval mode; model.train() checks what training does"
+        if not self.task.model.training and self.config.when == "training":
+            yield "the model is in eval mode, where gradients are exact; after model.train() this checks training"
         if not self.same_dropout:
             yield "the inner compiler draws other random numbers with our passes: no arithmetic error can be told"
 

@@ -192,6 +192,9 @@ def test_across_graph_breaks_claims_cover_what_comes_back() -> None:
 def test_what_is_not_rounded_is_said() -> None:
     report = check(Mlp(), torch.randn(8, 16), seeds=8)
     assert report.ok and report.rounded == 0 and any("min_bytes" in note for note in report.notes)
+    report = check(Mlp().eval(), torch.randn(2000, 16), seeds=8, options=UNBIASED)
+    assert report.ok and report.rounded == 0 and any("eval mode" in note for note in report.notes)
+    assert check(Mlp().eval(), torch.randn(2000, 16), seeds=8, options={**UNBIASED, "when": "always"}).rounded == 1
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import actcompile
 from actcompile._check import examine
 from actcompile._draws import Task
+from actcompile.kernels.random_bits import rounding_seeded
 from bench.measure import saved_bytes
 from tests.explore.draw import Case, Model, batch, loss
 
@@ -77,7 +78,8 @@ def run(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], call: Callable
     """One step of a model, called through `call` where that is given."""
     inputs = (inputs[0].detach().requires_grad_(case.input_gradient), *inputs[1:])
     torch.manual_seed(case.seed)
-    outputs = (model if call is None else call)(*inputs)
+    with rounding_seeded(case.seed):  # dropout draws as without us
+        outputs = (model if call is None else call)(*inputs)
     leaves = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,))]
     alive = [*leaves, *inputs, *model.parameters(), *model.buffers()]
     held = saved_bytes(torch.stack([o.sum() for o in leaves]).sum(), alive, _is_compiled)

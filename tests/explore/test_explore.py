@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
 
 import actcompile
 from actcompile.passes import encode as encoding
@@ -80,8 +79,8 @@ def test_what_plain_compile_cannot_do_is_skipped(monkeypatch: pytest.MonkeyPatch
 def test_a_wrong_gradient_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks come back negated."""
 
-    def wrong(split: Split, codec: Codec, x: fx.Node, seeds: encoding.Seeds) -> Any:
-        encoded, decode = encoding.encode(split, codec, x, seeds)
+    def wrong(split: Split, codec: Codec, *others: Any) -> Any:
+        encoded, decode = encoding.encode(split, codec, *others)
         if not isinstance(codec, PackBits):
             return encoded, decode
         flip = torch.ops.aten.logical_not.default
