@@ -146,7 +146,7 @@ def test_no_more_than_the_share_is_done_again(share):
     spent = [int(r.reason.split(": ")[1].split("%")[0]) for r in rows.values()]
     assert sum(spent) <= 100 * share + len(spent)  # each is rounded to a whole number
     assert any(map(sum_of_products, rows.values())) == (share >= 0.4)  # the norm's input: an aggregate and two products
-    assert bool(rows) == (share >= 0.05)
+    assert bool(rows) == (share >= 0.2)
 
 
 def test_not_what_a_rule_keeps_nor_what_is_off():

@@ -36,10 +36,8 @@ def compare(model, train, within=0.05):
     for kind in ("plain", "lossless", "rounded"):
         torch._dynamo.reset()
         own = copy.deepcopy(model)
-        if kind == "plain":
-            call = uncompressed(own)
-        else:
-            call = compress(own, **(EXACT if kind == "lossless" else ROUNDED))
+        options = {"lossless": EXACT, "rounded": ROUNDED}.get(kind)
+        call = uncompressed(own) if options is None else compress(own, **options)
         torch.manual_seed(1)
         runs[kind] = [t.detach().clone() for t in train(own, call)]
         if kind != "plain":
