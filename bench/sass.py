@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from actcompile.kernels.format import BlockFormat
-from actcompile.kernels.levels import decode_map
+from actcompile.kernels.levels import decode_map, encode_map
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -120,6 +120,23 @@ def quantize_code(fmt: BlockFormat, dtype: torch.dtype, capability: int, partial
         kernels.quantize_kernel if fmt.words <= tile.width else kernels.quantize_long_kernel,
         {"x": TYPES[dtype], "seed": "*i32", "words": "*i32", "low": meta, "high": meta},
         kernels.encode_constants(fmt, fmt.group + partial, tile),
+        tile.warps,
+        tile.groups * fmt.group,
+        capability,
+    )
+
+
+def again_code(op: str, fmt: BlockFormat, dtype: torch.dtype, capability: int) -> MachineCode:
+    """The code that does tiles again whose blocks are not calm, of `quantize` or `dequantize` (`op`)."""
+    from actcompile.kernels import triton_quantize as kernels
+
+    encoding = op == "quantize"
+    tile = (kernels.encode_tile if encoding else kernels.decode_tile)(fmt, dtype.itemsize)
+    meta = TYPES[fmt.metadata]
+    return machine_code(
+        kernels.quantize_again_kernel if encoding else kernels.dequantize_again_kernel,
+        {"x": TYPES[dtype], "seed": "*i32", "words": "*i32", "low": meta, "high": meta},
+        kernels.again_constants(fmt, (encode_map if encoding else decode_map)(fmt), tile),
         tile.warps,
         tile.groups * fmt.group,
         capability,

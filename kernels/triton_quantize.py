@@ -4,8 +4,9 @@ Bit-equality rests on the same order of operations in float32: products and sums
 (`enable_fp_fusion=False`), `scalar / tensor` is the product with the reciprocal, as it is in torch, and minimum,
 maximum and the lower bound on the range let NaN pass.
 
-Tiles are worked on as if all their blocks were calm: finite, and not of the largest numbers. Where one is not, the tile
-is done again by functions called `careful`, which read and write it anew and need no registers of the others.
+Tiles are worked on as if all their blocks were calm: finite, and not of the largest numbers. A second launch looks at
+the blocks' ends alone, and does the tiles again where one is not: a kernel of its own, so that what is rare takes no
+registers from what is not.
 """
 
 from collections.abc import Sequence
@@ -88,16 +89,15 @@ def largest_of(pointer):
 
 @triton.jit
 def keep_range(low, high, low_out, high_out, stored, TOP: tl.constexpr):
-    """Stores a block's range, rounded outward; returns half_low, inverse, and whether the block is calm."""
-    LIMIT: tl.constexpr = largest_of(low_out)
-    calm = (low >= -LIMIT) & (high <= LIMIT)
+    """Stores a block's range, rounded outward, which makes an infinity of what the dtype can't hold; returns half_low
+    and inverse."""
     if low_out.dtype.element_ty == tl.bfloat16:
         low = truncate(low, low < 0)
         high = truncate(high, high > 0)
     tl.store(low_out, low.to(low_out.dtype.element_ty), mask=stored)
     tl.store(high_out, high.to(high_out.dtype.element_ty), mask=stored)
     half_low, half = half_range(low, high)
-    return half_low, tl.div_rn(1.0, half) * (TOP * 256.0), calm
+    return half_low, tl.div_rn(1.0, half) * (TOP * 256.0)
 
 
 @triton.jit
@@ -169,7 +169,6 @@ def quantize_careful(
     SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Encodes a tile whatever is in it, block by block, `W` words of each group at a time; in loops: it is rare."""
-    tl.debug_barrier()  # what is written here must come after what was
     BLOCKS: tl.constexpr = GROUP // BLOCK
     PER_BLOCK: tl.constexpr = 32 // BITS // BLOCKS
     TOP: tl.constexpr = (1 << BITS) - 1
@@ -254,6 +253,27 @@ def quantize_careful(
         tl.debug_barrier()
 
 
+@triton.jit(do_not_specialize=["salt", "first", "groups", "numel"])
+def quantize_again_kernel(
+    x, seed, salt: tl.int32, words, low, high, first: tl.int64, groups: tl.int64, numel: tl.int64,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
+    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Encodes the tiles again that have a block which is not finite, by the ends that were stored."""
+    tile = first + tl.program_id(0).to(tl.int64) * GROUPS
+    BLOCKS: tl.constexpr = GROUP // BLOCK
+    row, exists = rows(tile, groups, GROUPS)
+    calm = row >= 0
+    for b in range(BLOCKS):
+        meta = tile * BLOCKS + (row * BLOCKS + b)
+        lowest = tl.load(low + meta, mask=exists, other=0).to(tl.float32)
+        highest = tl.load(high + meta, mask=exists, other=0).to(tl.float32)
+        calm = calm & (tl.abs(lowest) < INFINITY) & (tl.abs(highest) < INFINITY)
+    if tl.min(calm.to(tl.int32), 0) == 0:
+        quantize_careful(x, seed, salt, words, low, high, tile, groups, numel,
+                         BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
+
+
 @triton.jit
 def quantize_tile(
     x, seed, salt, words, low, high, tile, groups, numel,
@@ -270,7 +290,6 @@ def quantize_tile(
     at = row[:, None] * WORDS + j[None, :]
     random = first_random((tile * WORDS).to(tl.uint32) + at.to(tl.uint32), seed, salt)
     word = tl.zeros((GROUPS, W), tl.uint32)
-    calm = row >= 0
     for b in tl.static_range(BLOCKS):
         lowest = tl.full((GROUPS, W), INFINITY, tl.float32)
         highest = tl.full((GROUPS, W), -INFINITY, tl.float32)
@@ -287,8 +306,7 @@ def quantize_tile(
             begun = row * GROUP + b * BLOCK < left
             lowest, highest = tl.where(begun, lowest, 0.0), tl.where(begun, highest, 0.0)
         meta = tile * BLOCKS + (row * BLOCKS + b)
-        half_low, inverse, fine = keep_range(lowest, highest, low + meta, high + meta, exists, (1 << BITS) - 1)
-        calm = calm & fine
+        half_low, inverse = keep_range(lowest, highest, low + meta, high + meta, exists, (1 << BITS) - 1)
         for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
             used = plane_mask(row, j, left, k, PARTIAL, GROUP, WORDS)
             plane = planes[k - b * PER_BLOCK] if KEEP else load_plane(elements + k * WORDS, used, MASKED)
@@ -300,9 +318,6 @@ def quantize_tile(
             word = word | code
     word = word.to(tl.int32, bitcast=True)
     tl.store(words + tile * WORDS + at, word, mask=exists[:, None] & (j < WORDS)[None, :])
-    if tl.min(calm.to(tl.int32), 0) == 0:
-        quantize_careful(x, seed, salt, words, low, high, tile, groups, numel,
-                         BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["salt", "first", "groups", "numel"])
@@ -337,11 +352,9 @@ def quantize_long_kernel(
     PER_BLOCK: tl.constexpr = PLANES // BLOCKS
     MASKED: tl.constexpr = PARTIAL or WORDS % W != 0 or PLANES * WORDS != GROUP
     group = first + tl.program_id(0).to(tl.int64)
-    first_element, first_word = x, words
     x += group * GROUP
     words += group * WORDS
     left = tl.minimum(numel - group * GROUP, GROUP)
-    calm = tl.arange(0, 1) == 0
     lanes = tl.arange(0, W)[None, :].to(tl.int64)
     half_lows, inverses = (), ()
     for b in tl.static_range(BLOCKS):
@@ -359,8 +372,7 @@ def quantize_long_kernel(
         lowest = tl.where(begun, tl.reduce(lowest, 1, least), 0.0)
         highest = tl.where(begun, tl.reduce(highest, 1, greatest), 0.0)
         meta = group * BLOCKS + b + tl.arange(0, 1)
-        half_low, inverse, fine = keep_range(lowest, highest, low + meta, high + meta, meta >= 0, (1 << BITS) - 1)
-        calm = calm & fine
+        half_low, inverse = keep_range(lowest, highest, low + meta, high + meta, meta >= 0, (1 << BITS) - 1)
         half_lows = half_lows + (half_low[:, None],)  # type: ignore[assignment]
         inverses = inverses + (inverse[:, None],)  # type: ignore[assignment]
     j = lanes
@@ -376,9 +388,6 @@ def quantize_long_kernel(
             word = word | (tl.where(used, code, 0) if MASKED else code)
         tl.store(words + j, word.to(tl.int32, bitcast=True), mask=j < WORDS)
         j += W
-    if tl.min(calm.to(tl.int32), 0) == 0:
-        quantize_careful(first_element, seed, salt, first_word, low, high, group, group + 1, numel,
-                         BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, 1, W)  # fmt: skip
 
 
 @triton.jit
@@ -388,7 +397,6 @@ def dequantize_careful(
     SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Decodes a tile whatever is in it."""
-    tl.debug_barrier()  # what is written here must come after what was
     BLOCKS: tl.constexpr = GROUP // BLOCK
     PER_BLOCK: tl.constexpr = 32 // BITS // BLOCKS
     TOP: tl.constexpr = (1 << BITS) - 1
@@ -448,12 +456,9 @@ def dequantize_tile(
         word = tl.load(packed).to(tl.uint32, bitcast=True)
     else:
         word = tl.load(packed, mask=(j < WORDS)[None, :], other=0).to(tl.uint32, bitcast=True)
-    CALM: tl.constexpr = LARGEST_FLOAT16 if x.dtype.element_ty == tl.float16 else WIDE
-    calm = row >= 0
     for b in tl.static_range(BLOCKS):
         meta = tile * BLOCKS + (row * BLOCKS + b)
         lowest, highest = tl.load(low + meta).to(tl.float32), tl.load(high + meta).to(tl.float32)
-        calm = calm & (lowest <= highest) & (lowest >= -CALM) & (highest <= CALM)
         _, half = half_range(lowest, highest)
         step = half * (2.0 / TOP)
         for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
@@ -461,9 +466,6 @@ def dequantize_tile(
             value = bend(code, SLOPE, TERMS) * step[:, None] + lowest[:, None]
             mask = exists[:, None] & plane_mask(row, j, left, k, PARTIAL, GROUP, WORDS)
             tl.store(elements + k * WORDS, value.to(x.dtype.element_ty), mask=mask)
-    if tl.min(calm.to(tl.int32), 0) == 0:
-        dequantize_careful(words, low, high, x, tile, start, groups, numel,
-                           BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "groups", "numel"])
@@ -487,6 +489,29 @@ def dequantize_kernel(
                         False, BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["first", "groups", "numel"])
+def dequantize_again_kernel(
+    words, low, high, x, first: tl.int64, groups: tl.int64, numel: tl.int64,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
+    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Decodes the tiles again that have a block which is marked, or not of numbers far from overflow."""
+    tile = first + tl.program_id(0).to(tl.int64) * GROUPS
+    start = tl.program_id(1).to(tl.int64) * W
+    BLOCKS: tl.constexpr = GROUP // BLOCK
+    CALM: tl.constexpr = LARGEST_FLOAT16 if x.dtype.element_ty == tl.float16 else WIDE
+    row, exists = rows(tile, groups, GROUPS)
+    calm = row >= 0
+    for b in range(BLOCKS):
+        meta = tile * BLOCKS + (row * BLOCKS + b)
+        lowest = tl.load(low + meta, mask=exists, other=0).to(tl.float32)
+        highest = tl.load(high + meta, mask=exists, other=0).to(tl.float32)
+        calm = calm & (lowest <= highest) & (lowest >= -CALM) & (highest <= CALM)
+    if tl.min(calm.to(tl.int32), 0) == 0:
+        dequantize_careful(words, low, high, x, tile, start, groups, numel,
+                           BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
+
+
 def constants(fmt: BlockFormat, numel: int, mapping: tuple, tile: Tile) -> dict[str, Any]:
     """The compile-time arguments of all three kernels but `KEEP`; `mapping` is an `encode_map` or `decode_map`."""
     slope, terms = mapping
@@ -501,6 +526,13 @@ def constants(fmt: BlockFormat, numel: int, mapping: tuple, tile: Tile) -> dict[
         "GROUPS": tile.groups,
         "W": tile.width,
     }
+
+
+def again_constants(fmt: BlockFormat, mapping: tuple, tile: Tile) -> dict[str, Any]:
+    """The compile-time arguments of the kernels that do tiles again, which are masked throughout."""
+    chosen = constants(fmt, 0, mapping, tile)
+    chosen.pop("PARTIAL")
+    return chosen
 
 
 def encode_tile(fmt: BlockFormat, itemsize: int) -> Tile:
@@ -530,15 +562,16 @@ def quantize_into(
     if programs == 0:
         return
     kernel = quantize_kernel if fmt.words <= tile.width else quantize_long_kernel
+    arguments = (x, seed.contiguous(), salt, words, low, high, first, fmt.groups(x.numel()), x.numel())
     with on_device(x):
-        kernel[(programs,)](
-            x, seed.contiguous(), salt, words, low, high, first, fmt.groups(x.numel()), x.numel(),
-            **encode_constants(fmt, x.numel(), tile), num_warps=tile.warps, **EXACT,
-        )  # fmt: skip
+        kernel[(programs,)](*arguments, **encode_constants(fmt, x.numel(), tile), num_warps=tile.warps, **EXACT)
+        quantize_again_kernel[(programs,)](
+            *arguments, **again_constants(fmt, encode_map(fmt), tile), num_warps=tile.warps, **EXACT
+        )
 
 
 def quantize_triton(x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize` as one launch; shapes and errors as there."""
+    """`quantize` as two launches; shapes and errors as there."""
     flat = x.contiguous().view(-1)
     groups = fmt.groups(flat.numel())
     words = torch.empty((groups, fmt.words), dtype=torch.int32, device=x.device)
@@ -556,17 +589,21 @@ def dequantize_into(
     programs = tile.programs(fmt.groups(x.numel()) - first)
     if programs == 0:
         return
+    grid = (programs, triton.cdiv(fmt.words, tile.width))
+    arguments = (words, low, high, x, first, fmt.groups(x.numel()), x.numel())
     with on_device(x):
-        dequantize_kernel[(programs, triton.cdiv(fmt.words, tile.width))](
-            words, low, high, x, first, fmt.groups(x.numel()), x.numel(),
-            **constants(fmt, x.numel(), decode_map(fmt), tile), num_warps=tile.warps, **EXACT,
-        )  # fmt: skip
+        dequantize_kernel[grid](
+            *arguments, **constants(fmt, x.numel(), decode_map(fmt), tile), num_warps=tile.warps, **EXACT
+        )
+        dequantize_again_kernel[grid](
+            *arguments, **again_constants(fmt, decode_map(fmt), tile), num_warps=tile.warps, **EXACT
+        )
 
 
 def dequantize_triton(
     words: Tensor, low: Tensor, high: Tensor, size: Sequence[int], dtype: torch.dtype, fmt: BlockFormat
 ) -> Tensor:
-    """`dequantize` as one launch; shapes and errors as there."""
+    """`dequantize` as two launches; shapes and errors as there."""
     x = torch.empty(list(size), dtype=dtype, device=words.device)
     packed = words.contiguous().view(torch.int32)
     dequantize_into(packed, low.contiguous(), high.contiguous(), x.view(-1), fmt)

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.miss
 ARCHITECTURES = (80, 90)
 FITTED = BlockFormat(2, 256, "variance-minimising")
 DEFAULT = BlockFormat(2, 64, "variance-minimising", torch.bfloat16)
+SEED_LOADS = 2
 
 
 def check(code: sass.MachineCode, registers: int) -> None:
@@ -30,8 +31,8 @@ def check(code: sass.MachineCode, registers: int) -> None:
         (DEFAULT, torch.bfloat16, 16, 248),
         (BlockFormat(4, 64, "variance-minimising", torch.bfloat16), torch.float32, 16, 128),
         (BlockFormat(2, 32, metadata=torch.bfloat16), torch.float32, 16, 168),
-        (BlockFormat(1), torch.float32, 16, 168),
-        (BlockFormat(1), torch.bfloat16, 8, 168),
+        (BlockFormat(1), torch.float32, 16, 255),
+        (BlockFormat(1), torch.bfloat16, 8, 255),
         (BlockFormat(4), torch.float32, 16, 96),
         (BlockFormat(8), torch.float16, 16, 96),
     ],
@@ -39,8 +40,11 @@ def check(code: sass.MachineCode, registers: int) -> None:
 def test_quantize(fmt, dtype, width, registers, arch):
     code = sass.quantize_code(fmt, dtype, arch)
     check(code, registers)
+    loads = code.widths("LDG")
+    assert loads.pop(4) == SEED_LOADS
+    assert set(loads) == {width}
     once = code.elements // code.threads * dtype.itemsize // width
-    assert code.widths("LDG")[width] >= once, "narrower loads are those of seeds, and of tiles that are done again"
+    assert loads[width] in (once, 2 * once)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -58,8 +62,8 @@ def test_dequantize(fmt, dtype, arch):
     code = sass.dequantize_code(fmt, dtype, arch)
     check(code, 64)
     loads, stores = code.widths("LDG"), code.widths("STG")
-    assert loads[16] * 16 * code.threads >= code.elements // fmt.planes * 4, "words are loaded 4 at a time"
-    assert stores[16] >= code.elements // code.threads * dtype.itemsize // 16
+    assert loads[16] * 16 * code.threads == code.elements // fmt.planes * 4, "every word is loaded once, 4 at a time"
+    assert stores == {16: code.elements // code.threads * dtype.itemsize // 16}
     if dtype == torch.bfloat16:
         assert "cvt.rn.bf16" in code.ptx, "rounded to nearest even, as torch does"
 
@@ -88,6 +92,13 @@ def test_groups_that_do_not_fit_into_registers(words):
     assert code.widths("LDG")[16 if words == 4096 else 4] >= 2 * 16
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("op", ["quantize", "dequantize"])
+@pytest.mark.parametrize("fmt", [DEFAULT, BlockFormat(1), BlockFormat(8)], ids=str)
+def test_what_is_done_again_does_not_spill(op, fmt, arch):
+    check(sass.again_code(op, fmt, torch.float32, arch), 255)
+
+
 def test_scalars_of_every_kernel_have_the_types_that_far_offsets_need():
     from actcompile.kernels import triton_lossless, triton_quantize
 
@@ -95,6 +106,8 @@ def test_scalars_of_every_kernel_have_the_types_that_far_offsets_need():
         triton_quantize.quantize_kernel,
         triton_quantize.quantize_long_kernel,
         triton_quantize.dequantize_kernel,
+        triton_quantize.quantize_again_kernel,
+        triton_quantize.dequantize_again_kernel,
         triton_lossless.pack_kernel,
         triton_lossless.unpack_kernel,
     ):
