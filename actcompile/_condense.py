@@ -110,7 +110,7 @@ def crossings(graph: "GraphReport") -> list[Crossing]:
     placeholders = [n.name for n in graph.backward_nodes if n.op == "placeholder"]
     outputs = [name for n in graph.forward_nodes if n.op == "output" for name in n.inputs]
     renamed = [p for p in placeholders if p not in outputs]  # not sizes, which decoders read as well
-    readers = {p: tuple(u for u in users[p] if backward[u].inserted) for p in renamed}
+    readers = {p: tuple(u for u in users[p] if backward[u].inserted and p in _parts(backward[u])) for p in renamed}
     decoders = {p: read for p, read in readers.items() if read}
     encoded = list(zip((o for o in outputs if _encoder(o, forward)), decoders, strict=False))
     by_encoder: dict[str, list[str]] = defaultdict(list)
@@ -144,6 +144,11 @@ def _encoder(name: str, nodes: dict[str, "GraphNode"]) -> str:
     if node is not None and not node.inserted and short(node.op) == "getitem" and node.inputs:
         node = nodes.get(node.inputs[0])
     return node.name if node is not None and node.inserted and node.inputs else ""
+
+
+def _parts(decoder: "GraphNode") -> tuple[str, ...]:
+    """What a decoder reads of the encoded tensor; `dequantize` takes sizes and columns' statistics behind that."""
+    return decoder.inputs[:3] if short(decoder.op) == "dequantize" else decoder.inputs
 
 
 def _users(nodes: Sequence["GraphNode"]) -> dict[str, list[str]]:

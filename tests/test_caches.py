@@ -16,6 +16,7 @@ import pytest
 
 import actcompile
 from actcompile import Config, bits, keep
+from actcompile._call import Situation
 from actcompile.backend import Partitioner
 
 SCRIPT = """
@@ -131,9 +132,9 @@ def test_the_partitioner_is_its_config_when_pickled():
 
 
 def test_the_mode_is_part_of_the_identity():
-    trained, evaluated = (Partitioner(Config(), training) for training in (True, False))
+    trained, evaluated = (Partitioner(Config(), Situation(training=training)) for training in (True, False))
     assert trained.uuid() != evaluated.uuid() and key(trained) != key(evaluated)
-    assert not pickle.loads(pickle.dumps(evaluated)).training
+    assert not pickle.loads(pickle.dumps(evaluated)).situation.training
 
 
 def test_no_two_configs_share_an_identity():
