@@ -37,8 +37,8 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint ## lint, then the tests that need neither long compiles nor a GPU (ARGS="-k demo" for options)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+test: lint ## lint, then the tests that need neither long compiles nor a GPU, a process a core (ARGS="-k demo" for options)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu" $(ARGS)
 
 test-all: lint ## lint, then all tests, also those that compile with Inductor; those for a GPU skip without one
 	$(BIN)/python -m pytest $(ARGS)

@@ -85,7 +85,7 @@ def _(packed, size):
 
 @torch.library.custom_op("actcompile::narrow", mutates_args=())
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts integers, known to fit, to the smaller integer `dtype`."""
+    """Casts integers, known to fit, to a smaller integer `dtype`; or floats to a shorter float one, to nearest."""
     return x.to(dtype, copy=True)
 
 
@@ -96,7 +96,7 @@ def _(x, dtype):
 
 @torch.library.custom_op("actcompile::widen", mutates_args=())
 def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts what `narrow` returned back to the integer `dtype`."""
+    """Casts what `narrow` returned back to `dtype`."""
     return x.to(dtype, copy=True)
 
 

@@ -104,8 +104,8 @@ def encode(
             encoded = _parts(graph, call(graph, ops.cast_fp8.default, x, dtype, like=x))
             return encoded, lambda parts, sizes: call(back, ops.restore_fp8.default, *parts, value.dtype)
         case Cast(dtype):
-            cast = torch.ops.prims.convert_element_type.default
-            return [call(graph, cast, x, dtype, like=x)], lambda parts, sizes: call(back, cast, *parts, value.dtype)
+            cast = call(graph, ops.narrow.default, x, dtype, like=x)
+            return [cast], lambda parts, sizes: call(back, ops.widen.default, *parts, value.dtype)
     raise TypeError(f"{codec} has no encoded form")
 
 

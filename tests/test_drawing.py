@@ -55,7 +55,7 @@ def test_crossings_join_what_belongs_together(report: Report) -> None:
         shapes = {n.name: n.shape for n in graph.backward_nodes}
         forward = {n.name: n for n in graph.forward_nodes}
         for c in made:
-            coded = c.row.codec.split("(")[0] not in ("keep", "recompute", "drop", "cast")
+            coded = c.row.codec.split("(")[0] not in ("keep", "recompute", "drop")
             assert bool(c.encoder) == bool(c.decoders) == coded
             assert bool(c.placeholders) == bool(c.row.bytes_after)
             if c.encoder:  # what is decoded has the shape of what was encoded

@@ -56,7 +56,7 @@ def test_gradients_are_equal_to_the_bit(name, dynamic):
         model = gnn(name, layers=3)
         reference = step(uncompressed(model, dynamic=dynamic), INPUTS, model.parameters())
         torch._dynamo.reset()
-        assert bool(replayed(report(model, *INPUTS, **options))) == (name != "gcn")
+        assert replayed(report(model, *INPUTS, **options))
         torch._dynamo.reset()
         ours = torch.compile(model, backend="actcompile", options=options, dynamic=dynamic)
         assert_equal(step(ours, INPUTS, model.parameters()), reference)
@@ -146,7 +146,7 @@ def test_no_more_than_the_share_is_done_again(share):
     spent = [int(r.reason.split(": ")[1].split("%")[0]) for r in rows.values()]
     assert sum(spent) <= 100 * share + len(spent)  # each is rounded to a whole number
     assert any(map(sum_of_products, rows.values())) == (share >= 0.4)  # the norm's input: an aggregate and two products
-    assert bool(rows) == (share >= 0.2)
+    assert bool(rows) or share < 0.2
 
 
 def test_not_what_a_rule_keeps_nor_what_is_off():
