@@ -8,7 +8,7 @@ gates, quotients, and the sum of a residual connection between two norms. What i
 `1 - s` of a sigmoid, is left: two tensors in 2 bits would be much noisier than the one in 8.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,26 +55,29 @@ def apart(split: Split, activations: Iterable[SavedActivation], policy: Callable
         activations: floats that may be rounded.
         policy: that of a node of either graph.
     """
-    sources = {a.placeholder: a for a in activations}
+    sources = [a.placeholder for a in activations]
     costs = _Costs(split, policy)
     made: set[fx.Node] = set()
-    settled: set[fx.Node] = set()
-    while True:
-        found = bias(split.backward.graph, list(sources))
-        worst = next((s for s in sources if s not in settled and found[s].averaged_over == 1), None)
-        if worst is None:
-            return made
-        settled.add(worst)
-        origins = _recomputed(split, sources)
+    while (value := _worth_saving(sources, costs)) is not None:
+        made.add(_save(split, value))
+        still = {placeholder for _, placeholder in split.pairs}
+        sources = [source for source in sources if source in still]
+    return made
+
+
+def _worth_saving(sources: Sequence[fx.Node], costs: _Costs) -> fx.Node | None:
+    """The value that spares most bits of the first source which needs many, and for which there is one."""
+    found = bias(costs.split.backward.graph, sources)
+    origins = _recomputed(costs.split, sources)
+    for source in (s for s in sources if found[s].averaged_over == 1):
         best, least = None, LEAST_GAIN
-        for value in [v for v, s in origins.items() if worst in s and len(s) > 1][:MOST_TRIED]:
+        for value in [v for v, s in origins.items() if source in s and len(s) > 1][:MOST_TRIED]:
             before, after = costs.together(origins[value]), costs.together(origins[value], value)
             if after < least * before:  # nothing is spared of tensors without elements
                 best, least = value, after / before
         if best is not None:
-            made.add(_save(split, best))
-            sources = {p: a for p, a in sources.items() if any(p is q for _, q in split.pairs)}
-            settled.clear()
+            return best
+    return None
 
 
 def _recomputed(split: Split, sources: Iterable[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
