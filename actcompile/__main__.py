@@ -18,7 +18,7 @@ from torch import nn
 import actcompile
 from actcompile import datasets
 from actcompile.config import METADATA, PRESETS, Config, Rule, bits, keep, lossless
-from actcompile.kernels.format import BITS, LEVELS
+from actcompile.kernels.blocks.format import BITS, LEVELS
 
 MODELS = {"sage": "GraphSAGE", "gcn": "GCN", "gin": "GIN", "gat": "GAT"}  # of torch_geometric.nn
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from actcompile.kernels import rows_of
-from actcompile.passes import _torch
+from actcompile.passes.graph import _torch
 
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 """What the stand-in does in the graph: `_adjacency_ops` has it. `NotImplemented` leaves a call to the real matrix."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actcompile.kernels import pointer_to, spmm, spmm_extremum, spmm_transposed
-from actcompile.passes import _torch
+from actcompile.passes.graph import _torch
 
 from ._adjacency import HANDLED, HANDLERS, Adjacency, Pointer, columns, like, rows, with_values
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actcompile.kernels.format import EXPLICIT_BITS, levels_text
-from actcompile.kernels.histogram import Histogram, optimal_levels
-from actcompile.kernels.projection import rademacher
-from actcompile.passes.codecs import Quantize
-from actcompile.passes.plan import Choice
+from actcompile.kernels.baselines.projection import rademacher
+from actcompile.kernels.blocks.format import EXPLICIT_BITS, levels_text
+from actcompile.kernels.blocks.histogram import Histogram, optimal_levels
+from actcompile.passes.codecs.codecs import Quantize
+from actcompile.passes.plan.plan import Choice
 
 from ._observe import observed
 from .api import _configs

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from actcompile.passes._torch import (
+from actcompile.passes.graph._torch import (
     FakeTensor,
     GlobalStateSource,
     Guard,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from actcompile.passes._torch import (
+from actcompile.passes.graph._torch import (
     ConvertFrameAssert,
     GuardOnDataDependentSymNode,
     RestartAnalysis,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actcompile.passes import _torch
+from actcompile.passes.graph import _torch
 
 from ._bias_test import Errors, score
 from ._check_report import CheckReport, GradientCheck, Remedy, Suspect, claim

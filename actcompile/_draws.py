@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from actcompile.kernels.random_bits import rounding_seeded
-from actcompile.passes import _torch
+from actcompile.kernels.blocks.random_bits import rounding_seeded
+from actcompile.passes.graph import _torch
 
 from ._capture import capture_sizes
 from ._last_run import LastRun

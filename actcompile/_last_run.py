@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from actcompile.passes import _torch
+from actcompile.passes.graph import _torch
 
 from .report import GraphReport
 

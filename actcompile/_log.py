@@ -4,7 +4,7 @@ import json
 import logging
 from dataclasses import asdict
 
-from actcompile.passes import _torch
+from actcompile.passes.graph import _torch
 
 from .report import GraphReport
 

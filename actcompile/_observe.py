@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from actcompile.passes import _torch
-from actcompile.passes.codecs import Quantize
-from actcompile.passes.find import memory_order
-from actcompile.passes.plan import Choice
-from actcompile.passes.standardise import columns_alike, standard
+from actcompile.passes.codecs.codecs import Quantize
+from actcompile.passes.codecs.standardise import columns_alike, standard
+from actcompile.passes.graph import _torch
+from actcompile.passes.graph.find import memory_order
+from actcompile.passes.plan.plan import Choice
 
 from . import _trace
 from .backend import cut, decide

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from actcompile.passes import _torch
+from actcompile.passes.graph import _torch
 
 from . import _adjacency_ops  # noqa: F401  registers what stand-ins do
 from ._adjacency import INSTEAD, Adjacency, columns, from_sparse, is_sparse, refusal, rows, to_sparse, warn_once

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from actcompile.passes._torch import (
+from actcompile.passes.graph._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,

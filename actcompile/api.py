@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from actcompile.passes import _torch
-from actcompile.passes.plan import matches
+from actcompile.passes.graph import _torch
+from actcompile.passes.plan.plan import matches
 
 from . import _trace
 from ._call import breaks, compiled_module, noted

@@ -14,22 +14,23 @@ from torch import fx
 
 import actcompile.kernels
 import actcompile.passes
-from actcompile.passes import _torch, lowerings  # noqa: F401  registers the lowerings of casts
-from actcompile.passes.apart import apart
-from actcompile.passes.bias import Dependence, bias
-from actcompile.passes.commute import commute
-from actcompile.passes.find import SavedActivation, find, module_path
-from actcompile.passes.masks import masks
-from actcompile.passes.plan import Plan, Policy, plan
-from actcompile.passes.reach import reach
-from actcompile.passes.rebuild import rebuild
-from actcompile.passes.replay import replay
-from actcompile.passes.rewrite import rewrite
-from actcompile.passes.sizes import sizes
-from actcompile.passes.split import Split
-from actcompile.passes.standardise import offer
-from actcompile.passes.verify import verify
-from actcompile.passes.views import views
+from actcompile.passes.codecs import lowerings  # noqa: F401  registers the lowerings of casts
+from actcompile.passes.codecs.standardise import offer
+from actcompile.passes.graph import _torch  # noqa: F401  registers the lowerings of casts
+from actcompile.passes.graph.bias import Dependence, bias
+from actcompile.passes.graph.find import SavedActivation, find, module_path
+from actcompile.passes.graph.reach import reach
+from actcompile.passes.graph.sizes import sizes
+from actcompile.passes.graph.split import Split
+from actcompile.passes.plan.plan import Plan, Policy, plan
+from actcompile.passes.spare.apart import apart
+from actcompile.passes.spare.commute import commute
+from actcompile.passes.spare.masks import masks
+from actcompile.passes.spare.rebuild import rebuild
+from actcompile.passes.spare.replay import replay
+from actcompile.passes.spare.views import views
+from actcompile.passes.write.rewrite import rewrite
+from actcompile.passes.write.verify import verify
 
 from . import _log, _report_cache
 from ._call import Situation, guard_on_mode, noted, situation
@@ -150,7 +151,7 @@ def source_hash() -> str:
     """A hash of everything that decides how a graph is rewritten; part of the compile caches' key."""
     digest = hashlib.sha256(torch.__version__.encode())
     for package in (actcompile.kernels, actcompile.passes, actcompile):
-        for file in sorted(f for f in Path(package.__path__[0]).iterdir() if f.suffix in (".py", ".cpp")):
+        for file in sorted(f for f in Path(package.__path__[0]).rglob("*") if f.suffix in (".py", ".cpp")):
             digest.update(file.read_bytes())
     return digest.hexdigest()
 

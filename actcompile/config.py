@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from actcompile.kernels.format import BITS, LEVELS, Levels
-from actcompile.passes.plan import Policy
+from actcompile.kernels.blocks.format import BITS, LEVELS, Levels
+from actcompile.passes.plan.plan import Policy
 
 Inner = Literal["inductor", "aot_eager"]
 METADATA = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from actcompile.passes import _torch
+from actcompile.passes.graph import _torch
 
 from . import __version__
 from .backend import check_compilers

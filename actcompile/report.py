@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import fx
 
-from actcompile.passes import _torch
-from actcompile.passes.codecs import EXACT, UNBIASED, Keep, Recompute
-from actcompile.passes.commute import Commuted
-from actcompile.passes.find import SavedActivation
-from actcompile.passes.plan import Choice, Plan, is_constant
-from actcompile.passes.rebuild import Rebuilt
-from actcompile.passes.replay import Replayed
-from actcompile.passes.split import Split, is_size, is_tensor, root
-from actcompile.passes.views import Viewed
+from actcompile.passes.codecs.codecs import EXACT, UNBIASED, Keep, Recompute
+from actcompile.passes.graph import _torch
+from actcompile.passes.graph.find import SavedActivation
+from actcompile.passes.graph.split import Split, is_size, is_tensor, root
+from actcompile.passes.plan.plan import Choice, Plan, is_constant
+from actcompile.passes.spare.commute import Commuted
+from actcompile.passes.spare.rebuild import Rebuilt
+from actcompile.passes.spare.replay import Replayed
+from actcompile.passes.spare.views import Viewed
 
 from ._call import Handed, Situation
 

@@ -18,8 +18,8 @@ from torch import Tensor
 import actcompile.kernels  # noqa: F401  registers the ops
 from actcompile.config import METADATA
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.quantize import dequantize_reference, quantize_reference
-from actcompile.passes.plan import block_format
+from actcompile.kernels.blocks.quantize import dequantize_reference, quantize_reference
+from actcompile.passes.plan.plan import block_format
 
 Formats = list[tuple[int, int, str, str]]  # width, block asked for, levels, metadata
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from actcompile._calibrate import project, some_blocks
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.histogram import Histogram, optimal_levels
-from actcompile.kernels.levels import ClippedNormal, normal_levels
+from actcompile.kernels.blocks.histogram import Histogram, optimal_levels
+from actcompile.kernels.blocks.levels import ClippedNormal, normal_levels
 
 BITS = 2
 TOP = 2**BITS - 1

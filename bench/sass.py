@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from actcompile.kernels.format import BlockFormat
-from actcompile.kernels.levels import decode_map, encode_map
+from actcompile.kernels.blocks.format import BlockFormat
+from actcompile.kernels.blocks.levels import decode_map, encode_map
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -112,7 +112,7 @@ def _run(*command: object) -> str:
 
 def quantize_code(fmt: BlockFormat, dtype: torch.dtype, capability: int, partial: bool = False) -> MachineCode:
     """The code of `quantize` for an input of `dtype`; `partial`: for sizes whose last group is not full."""
-    from actcompile.kernels import triton_quantize as kernels
+    from actcompile.kernels.blocks import triton_quantize as kernels
 
     tile = kernels.encode_tile(fmt, dtype.itemsize)
     meta = TYPES[fmt.metadata]
@@ -128,7 +128,7 @@ def quantize_code(fmt: BlockFormat, dtype: torch.dtype, capability: int, partial
 
 def again_code(op: str, fmt: BlockFormat, dtype: torch.dtype, capability: int) -> MachineCode:
     """The code that does tiles again whose blocks are not calm, of `quantize` or `dequantize` (`op`)."""
-    from actcompile.kernels import triton_quantize as kernels
+    from actcompile.kernels.blocks import triton_quantize as kernels
 
     encoding = op == "quantize"
     tile = (kernels.encode_tile if encoding else kernels.decode_tile)(fmt, dtype.itemsize)
@@ -145,7 +145,7 @@ def again_code(op: str, fmt: BlockFormat, dtype: torch.dtype, capability: int) -
 
 def dequantize_code(fmt: BlockFormat, dtype: torch.dtype, capability: int, partial: bool = False) -> MachineCode:
     """The code of `dequantize` for an output of `dtype`."""
-    from actcompile.kernels import triton_quantize as kernels
+    from actcompile.kernels.blocks import triton_quantize as kernels
 
     tile = kernels.decode_tile(fmt, dtype.itemsize)
     meta = TYPES[fmt.metadata]
@@ -161,7 +161,7 @@ def dequantize_code(fmt: BlockFormat, dtype: torch.dtype, capability: int, parti
 
 def bits_code(op: str, words: int, capability: int, partial: bool = False) -> MachineCode:
     """The code of `pack_bits` or `unpack_bits` (`op`) for groups of `words` words."""
-    from actcompile.kernels import triton_lossless as kernels
+    from actcompile.kernels.bits import triton_lossless as kernels
 
     tile = kernels.bit_tile(words)
     return machine_code(

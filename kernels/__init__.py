@@ -1,16 +1,16 @@
 """Number formats and ops. Importing this package registers `torch.ops.actcompile.*`."""
 
 from . import cpu, cuda  # register the ops on tensors of either
-from .format import BlockFormat, bit_words
-from .fp8 import cast_fp8, fp8_nbytes, restore_fp8
-from .lossless import narrow, pack_bits, unpack_bits, widen
-from .low_rank import low_rank, low_rank_nbytes, restore_low_rank
-from .projection import projection_nbytes, rademacher, rademacher_aten
-from .prune import prune, prune_nbytes, restore_pruned
-from .quantize import dequantize, quantize
-from .random_bits import draw_seed
-from .sample_rows import restore_rows, sample_rows, sample_rows_nbytes
-from .spmm import pointer_to, rows_of, spmm, spmm_extremum, spmm_transposed
+from .baselines.fp8 import cast_fp8, fp8_nbytes, restore_fp8
+from .baselines.low_rank import low_rank, low_rank_nbytes, restore_low_rank
+from .baselines.projection import projection_nbytes, rademacher, rademacher_aten
+from .baselines.prune import prune, prune_nbytes, restore_pruned
+from .baselines.sample_rows import restore_rows, sample_rows, sample_rows_nbytes
+from .bits.lossless import narrow, pack_bits, unpack_bits, widen
+from .blocks.format import BlockFormat, bit_words
+from .blocks.quantize import dequantize, quantize
+from .blocks.random_bits import draw_seed
+from .edges.spmm import pointer_to, rows_of, spmm, spmm_extremum, spmm_transposed
 
 __all__ = [
     "BlockFormat",

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ._torch import load_cpp
-from .format import BlockFormat, bit_words
-from .levels import decode_map, encode_map
-from .lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
-from .quantize import columns, dequantize, dequantize_in_runs, empty_encoding, quantize, quantize_in_runs
+from .bits.lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
+from .blocks.format import BlockFormat, bit_words
+from .blocks.levels import decode_map, encode_map
+from .blocks.quantize import columns, dequantize, dequantize_in_runs, empty_encoding, quantize, quantize_in_runs
 
 log = logging.getLogger(__name__)
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -50,7 +50,7 @@ class Format(ctypes.Structure):
 def _load(file: str, functions: tuple[str, ...], **constants: int) -> ctypes.CDLL | None:
     source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     try:
-        library = load_cpp(source + Path(__file__).with_name(file).read_text())
+        library = load_cpp(source + (Path(__file__).parent / file).read_text())
     except (RuntimeError, OSError) as error:
         _warn(str(error).strip().splitlines()[0])
         return None
@@ -83,13 +83,13 @@ def compiled(fmt: BlockFormat) -> tuple[ctypes.CDLL | None, Format]:
     terms = ((ctypes.c_float * (3 * MOST_TERMS))(*itertools.chain(*terms)) for terms in (encode, decode))
     constants = {"BITS": fmt.bits, "ENCODE_TERMS": len(encode), "DECODE_TERMS": len(decode)}
     constants |= dict(zip(("BLOCK", "WORDS", "GROUP", "BLOCKS"), sizes if SPECIALISE else (0, 0, 0, 0), strict=False))
-    library = _load("quantize.cpp", ("quantize", "dequantize"), **constants)
+    library = _load("blocks/quantize.cpp", ("quantize", "dequantize"), **constants)
     return library, Format(*numbers, *terms)
 
 
 def bits_library() -> ctypes.CDLL | None:
     """`pack_bits` and `unpack_bits`; None where they can't be compiled."""
-    return _load("bits.cpp", ("pack_bits", "unpack_bits"))
+    return _load("bits/bits.cpp", ("pack_bits", "unpack_bits"))
 
 
 def _threads(numel: int) -> int:

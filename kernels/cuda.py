@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .format import BlockFormat
-from .lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
-from .quantize import dequantize, dequantize_in_runs, quantize, quantize_in_runs, standardised, unstandardised
+from .bits.lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
+from .blocks.format import BlockFormat
+from .blocks.quantize import dequantize, dequantize_in_runs, quantize, quantize_in_runs, standardised, unstandardised
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class Forms(NamedTuple):
 def forms() -> Forms:
     """The Triton kernels; without Triton the references, which launch many kernels where Triton launches one."""
     try:
-        from .triton_lossless import pack_bits_triton, unpack_bits_triton
-        from .triton_quantize import dequantize_triton, quantize_triton
+        from .bits.triton_lossless import pack_bits_triton, unpack_bits_triton
+        from .blocks.triton_quantize import dequantize_triton, quantize_triton
     except ImportError as error:
         log.warning(
             "Triton cannot be imported (%s): activations on CUDA are encoded by plain torch ops, several times slower "

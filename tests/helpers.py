@@ -13,12 +13,12 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
 from actcompile import Config
-from actcompile.passes.bias import bias
-from actcompile.passes.find import find
-from actcompile.passes.masks import masks
-from actcompile.passes.plan import Plan, plan
-from actcompile.passes.rewrite import rewrite
-from actcompile.passes.split import Split
+from actcompile.passes.graph.bias import bias
+from actcompile.passes.graph.find import find
+from actcompile.passes.graph.split import Split
+from actcompile.passes.plan.plan import Plan, plan
+from actcompile.passes.spare.masks import masks
+from actcompile.passes.write.rewrite import rewrite
 from bench.models import build
 
 Pass = Callable[[Split], Any]

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.format import EXPLICIT_BITS, LEVELS, levels_text
+from actcompile.kernels.blocks.format import EXPLICIT_BITS, LEVELS, levels_text
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FITTED_BLOCKS = (1, 2, 4, 16, 24, 47, 64, 256)

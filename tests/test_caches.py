@@ -148,7 +148,7 @@ from pathlib import Path
 import actcompile
 from actcompile.backend import Partitioner, source_hash
 
-for changed in (None, "passes/plan.py", "kernels/levels.py", "config.py"):
+for changed in (None, "passes/plan/plan.py", "kernels/blocks/levels.py", "config.py"):
     if changed:
         with (Path(actcompile.__file__).parent / changed).open("a") as file:
             file.write("\\n# changed\\n")

@@ -16,11 +16,11 @@ import actcompile
 from actcompile import calibrate
 from actcompile._calibrate import project, some_blocks
 from actcompile._observe import observed
-from actcompile.kernels.format import explicit_levels
-from actcompile.kernels.histogram import Histogram
-from actcompile.kernels.levels import expected_variance, level_values
-from actcompile.passes.codecs import Quantize
-from actcompile.passes.plan import Choice
+from actcompile.kernels.blocks.format import explicit_levels
+from actcompile.kernels.blocks.histogram import Histogram
+from actcompile.kernels.blocks.levels import expected_variance, level_values
+from actcompile.passes.codecs.codecs import Quantize
+from actcompile.passes.plan.plan import Choice
 from tests.helpers import SAVED, Mlp, gnn, graph, step
 
 

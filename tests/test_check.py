@@ -21,7 +21,7 @@ from actcompile import check
 from actcompile.__main__ import main
 from actcompile._check_report import CheckReport
 from actcompile._draws import Task, Variant
-from actcompile.kernels.random_bits import draw_seed, rounding_seeded
+from actcompile.kernels.blocks.random_bits import draw_seed, rounding_seeded
 from tests.helpers import SAVED, Mlp, gnn, graph, step
 
 UNBIASED: dict[str, Any] = {"min_bytes": 0, "replay": 0, "bits": 2}

@@ -10,7 +10,7 @@ from torch_geometric.nn import GATConv, Sequential
 from torch_geometric.utils import add_self_loops, dropout_edge, remove_self_loops
 
 from actcompile import api, compress, explain
-from actcompile.passes.split import is_size
+from actcompile.passes.graph.split import is_size
 from bench.sampling import neighbor_loader
 from tests.helpers import (
     EXACT,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import actcompile
 from actcompile._observe import observed
-from actcompile.passes.plan import Choice
+from actcompile.passes.plan.plan import Choice
 from tests.helpers import SAVED, Mlp, assert_close, assert_equal, gnn, graph, loss, step, uncompressed
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from actcompile import datasets
 from actcompile._observe import observed
-from actcompile.passes.plan import Choice
+from actcompile.passes.plan.plan import Choice
 from bench import _torch, distribution_plots, models
 from bench.distributions import MODELS, VIEWS, Fit, Sample, describe, fit, sample
 from bench.registry import Options, case

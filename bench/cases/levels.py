@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from actcompile.kernels.levels import SEGMENTS, ClippedNormal, expected_variance, normal_levels
+from actcompile.kernels.blocks.levels import SEGMENTS, ClippedNormal, expected_variance, normal_levels
 from bench.registry import Options, case
 from bench.results import show
 

@@ -11,7 +11,7 @@ import torch
 
 from actcompile import Config
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.format import LEVELS
+from actcompile.kernels.blocks.format import LEVELS
 from bench import sass
 from bench.registry import Options, case
 from bench.results import show
@@ -97,7 +97,7 @@ def run_on_gpu(options: Options) -> dict[str, Any]:
         options.console.print(f"skipped: {reason}")
         return {"skipped": reason}
     from actcompile.kernels import dequantize, draw_seed, pack_bits, quantize, unpack_bits
-    from actcompile.kernels.quantize import quantize_reference
+    from actcompile.kernels.blocks.quantize import quantize_reference
 
     size = (4_096, 256) if options.quick else (1_693_440, 256)
     steps = options.steps or 20

@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as arrays
 from scipy.special import ndtri
 
 from actcompile.datasets import generated
-from actcompile.kernels.histogram import Histogram
-from actcompile.kernels.levels import ClippedNormal, normal_levels
+from actcompile.kernels.blocks.histogram import Histogram
+from actcompile.kernels.blocks.levels import ClippedNormal, normal_levels
 from bench import distribution_plots
 from bench import distributions as d
 from bench.cases.distributions import Setting, summarise, watch

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import actcompile
 from actcompile._check import examine
 from actcompile._draws import Task
-from actcompile.kernels.random_bits import rounding_seeded
+from actcompile.kernels.blocks.random_bits import rounding_seeded
 from bench.measure import saved_bytes
 from tests.explore.draw import Case, Model, batch, loss
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import actcompile
-from actcompile.passes import encode as encoding
-from actcompile.passes.codecs import Codec, PackBits
-from actcompile.passes.split import Split, call
+from actcompile.passes.codecs import encode as encoding
+from actcompile.passes.codecs.codecs import Codec, PackBits
+from actcompile.passes.graph.split import Split, call
 from tests.explore.blocks import COMBINED, LEAVES
 from tests.explore.draw import Block, Case, Model, batch, draw
 from tests.explore.judge import judge, run, shrink
@@ -86,7 +86,7 @@ def test_a_wrong_gradient_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -
         flip = torch.ops.aten.logical_not.default
         return encoded, lambda parts, sizes: call(split.backward.graph, flip, decode(parts, sizes))
 
-    monkeypatch.setattr("actcompile.passes.rewrite.encode", wrong)
+    monkeypatch.setattr("actcompile.passes.write.rewrite.encode", wrong)
     inside = Block("sum", 0, (Block("relu", 2), Block("linear", 3)))
     case = replace(LOSSLESS, head="both", blocks=(Block("tanh", 1), inside))
     outcome = judge(case)

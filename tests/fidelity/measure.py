@@ -7,7 +7,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 import actcompile
-from actcompile.passes import _torch
+from actcompile.passes.graph import _torch
 
 ALARM = 1e-6  # with new seeds in every run, an example of a test would fail wrongly with at most this probability
 Gradients = dict[str, Tensor]

@@ -11,7 +11,7 @@ from torch_geometric.nn import CGConv, GPSConv, ResGatedGraphConv
 
 import actcompile
 from tests.fidelity.measure import ALARM
-from tests.passes.test_apart import JOINS, Joined, Residual
+from tests.passes.spare.test_apart import JOINS, Joined, Residual
 
 DRAWS, MOST = 40, 0.02
 NODES, EDGES, WIDTH, CLASSES = 1200, 4800, 16, 3

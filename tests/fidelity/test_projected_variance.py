@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from actcompile.kernels import BlockFormat, dequantize, quantize, rademacher
-from actcompile.kernels.format import LEVELS
+from actcompile.kernels.blocks.format import LEVELS
 from tests.fidelity.measure import ALARM
 from tests.fidelity.stacks import examples, seeds
 from tests.fidelity.theory import moments

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import actcompile
 from actcompile import low_rank, prune, sample_rows
-from actcompile.kernels.format import LEVELS
+from actcompile.kernels.blocks.format import LEVELS
 from tests.fidelity.measure import (
     compressed,
     directions,

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from actcompile.backend import partition
 from actcompile.config import Config
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.levels import level_values
-from actcompile.kernels.quantize import round_outward
-from actcompile.passes import _torch
+from actcompile.kernels.blocks.levels import level_values
+from actcompile.kernels.blocks.quantize import round_outward
+from actcompile.passes.graph import _torch
 from tests.fidelity.measure import ALARM
 
 LEAST_FREEDOM = 50.0

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actcompile.kernels import BlockFormat, bit_words
-from actcompile.kernels.lossless import pack_bits_reference
-from actcompile.kernels.quantize import dequantize_reference, quantize_reference
-from actcompile.kernels.triton_lossless import pack_bits_triton, pack_into, unpack_bits_triton, unpack_into
-from actcompile.kernels.triton_quantize import dequantize_into, dequantize_triton, quantize_into, quantize_triton
-from actcompile.kernels.triton_tile import WARPS, Tile
+from actcompile.kernels.bits.lossless import pack_bits_reference
+from actcompile.kernels.bits.triton_lossless import pack_bits_triton, pack_into, unpack_bits_triton, unpack_into
+from actcompile.kernels.blocks.quantize import dequantize_reference, quantize_reference
+from actcompile.kernels.blocks.triton_quantize import dequantize_into, dequantize_triton, quantize_into, quantize_triton
+from actcompile.kernels.blocks.triton_tile import WARPS, Tile
 from tests.strategies import (
     FLOATS,
     any_strides,

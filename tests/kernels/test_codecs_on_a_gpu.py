@@ -14,7 +14,7 @@ from actcompile.kernels import (
     restore_rows,
     sample_rows,
 )
-from actcompile.kernels.fp8 import FORMATS
+from actcompile.kernels.baselines.fp8 import FORMATS
 from tests.strategies import FLOATS, assert_same_bits, seed_tensor, values
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

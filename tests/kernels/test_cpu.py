@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from actcompile.kernels import BlockFormat, cpu, dequantize, pack_bits, quantize, unpack_bits
-from actcompile.kernels.lossless import pack_bits_reference
-from actcompile.kernels.quantize import dequantize_reference, quantize_reference
+from actcompile.kernels.bits.lossless import pack_bits_reference
+from actcompile.kernels.blocks.quantize import dequantize_reference, quantize_reference
 from tests.strategies import FLOATS, KINDS, assert_same_bits, assert_same_encoding, seed_tensor, values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,8 +115,9 @@ WITHOUT_COMPILER = """
 import logging, sys
 logging.basicConfig(format="%(levelname)s %(name)s %(message)s", stream=sys.stdout)
 import torch
-from actcompile.kernels import BlockFormat, dequantize, pack_bits, quantize, unpack_bits
-from actcompile.kernels.quantize import dequantize_reference, quantize_reference
+from actcompile.kernels import BlockFormat, dequantize, pack_bits, unpack_bits
+from actcompile.kernels import quantize
+from actcompile.kernels.blocks.quantize import dequantize_reference, quantize_reference
 x, seed, fmt = torch.randn(3, 321), torch.randint(-(2**31), 2**31, (2, 2), dtype=torch.int32), BlockFormat()
 fields = fmt.bits, fmt.block, fmt.levels, fmt.metadata, fmt.words
 encoded, expected = quantize(x, seed, 1, *fields), quantize_reference(x, seed, 1, fmt)

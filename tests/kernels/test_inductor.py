@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.lossless import pack_bits_reference
-from actcompile.kernels.quantize import dequantize_reference, quantize_reference
+from actcompile.kernels.bits.lossless import pack_bits_reference
+from actcompile.kernels.blocks.quantize import dequantize_reference, quantize_reference
 from tests.strategies import KINDS, assert_same_bits, assert_same_encoding, seed_tensor, values
 
 pytestmark = pytest.mark.slow

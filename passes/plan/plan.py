@@ -1,0 +1,346 @@
+"""`plan`: which codec for which saved activation, and why. Pure: no graph is touched.
+
+For now a table of rules, first match wins. An optimiser that weighs bytes, seconds and variance takes the same facts
+and returns the same `Plan`.
+"""
+
+import fnmatch
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from actcompile.kernels import BlockFormat
+from actcompile.kernels.blocks.format import EXPLICIT_BITS, LANES, Levels
+
+from ..codecs.codecs import (
+    EXACT,
+    Cast,
+    Codec,
+    Copy,
+    Keep,
+    LowRank,
+    Narrow,
+    PackBits,
+    Prune,
+    Quantize,
+    Recompute,
+    SampleRows,
+)
+from ..codecs.standardise import standard
+from ..graph import _torch
+from ..graph.bias import Dependence
+from ..graph.find import SavedActivation, memory_order, numel_hint, own_nbytes
+from ..graph.signs import never_negative
+from ..graph.split import root
+
+# Elements to average over, from which rounding to 4 bits, or to 2, biases by less than 0.3 %: a block of normal values
+# has a variance of 0.017, or 0.4, of their own.
+FEW, MANY = 8, 1024
+MOST_OF_SEVERAL_ROWS = 1024  # elements; i-EXACT's published bytes fit no larger blocks
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the rule table may do.
+
+    Attributes:
+        bits: bits for floats whose rounding biases no gradient; None keeps them exact.
+        nonlinear_bits: bits for floats whose rounding biases a gradient; None keeps them exact. "auto" gives `bits`
+            where the bias is averaged over many elements (BatchNorm's input), 4 where over some, else 8.
+        block, levels, metadata: fields of `BlockFormat`; `block` is fitted to the tensor's width, and "auto" levels
+            are those of half a normal for what is never negative, of a clipped normal for all else.
+        rows_per_block: a block is so many rows instead, of at most `MOST_OF_SEVERAL_ROWS` elements (i-EXACT's G/R).
+        projection: floats whose rounding biases no gradient are projected at random to `width // projection` columns
+            before they are rounded (EXACT's D/R); None: they are not.
+        standardise: what a BatchNorm reads is rounded in the norm's own units.
+        method: another codec for those floats than `Quantize`, as its name and its parameter.
+        fitted: levels for single activations, by `SavedActivation.key`.
+        min_bytes: tensors smaller than this are kept.
+        lossless: False keeps everything as it is.
+        exact: why no float is rounded, or None.
+        rules: (pattern of module paths, policy for what those modules save), first match wins.
+    """
+
+    bits: int | None = 2
+    nonlinear_bits: int | Literal["auto"] | None = "auto"
+    block: int = 64
+    levels: Levels | Literal["auto"] = "auto"
+    metadata: torch.dtype = torch.bfloat16
+    min_bytes: int = 16384
+    lossless: bool = True
+    exact: str | None = None
+    rows_per_block: int | None = None
+    projection: int | None = None
+    standardise: bool = True
+    method: tuple[str, Any] | None = None
+    fitted: tuple[tuple[str, str], ...] = ()
+    rules: tuple[tuple[str, "Policy"], ...] = ()
+
+    def wants(self, activation: SavedActivation) -> bool:
+        """Whether a float is to be compressed, if only without loss."""
+        return self.lossless and activation.value.is_floating_point() and activation.nbytes >= self.min_bytes
+
+    def for_module(self, path: str) -> "Policy":
+        for pattern, policy in self.rules:
+            if matches(pattern, path):
+                return policy
+        return self
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a rule's pattern names the module at `path`, or one that it is inside of."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The codec of one saved activation, its bytes with it, and the reason."""
+
+    activation: SavedActivation
+    codec: Codec
+    nbytes: int
+    dependence: Dependence | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One choice for every saved activation, in the order of the forward's outputs."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes without codecs; with exact masks that `masks` added, so more than torch alone would save."""
+        return sum(c.activation.nbytes for c in self.choices)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(c.nbytes for c in self.choices)
+
+    def rounding_only(self, keys: Collection[str]) -> "Plan":
+        """The same plan, in which floats are rounded only where the activation's key is one of `keys`."""
+
+        def exact(choice: Choice) -> Choice:
+            if isinstance(choice.codec, EXACT) or choice.activation.key in keys:
+                return choice
+            return replace(choice, codec=Keep(), nbytes=choice.activation.nbytes, reason="kept exact, to compare")
+
+        return Plan(tuple(exact(choice) for choice in self.choices))
+
+
+def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, Dependence], policy: Policy) -> Plan:
+    """Chooses a codec for every saved activation.
+
+    Args:
+        activations: what `find` returned.
+        dependences: what `bias` returned, by backward placeholder.
+        policy: bits, block, levels and per-module rules.
+    """
+    choices = []
+    saved = {activation.node for activation in activations}
+    units = {root(n) for a in activations if (form := standard(a.node)) for n in (form.scale, *form.plus, *form.minus)}
+    for activation in activations:
+        dependence = dependences.get(activation.placeholder)
+        codec, reason = choose(activation, dependence, policy.for_module(activation.module))
+        if not isinstance(codec, Keep) and root(activation.node) in units and activation.value.is_floating_point():
+            codec, reason = Keep(), "others are rounded in its units: kept exact"
+        if isinstance(codec, Keep):
+            nbytes = activation.nbytes
+        else:
+            nbytes = codec.nbytes(activation.shape, activation.value.dtype) + _statistics(codec, activation, saved)
+        if nbytes >= min(activation.nbytes, own_nbytes(activation.value)) and not isinstance(codec, Keep):
+            codec, nbytes, reason = Keep(), activation.nbytes, f"{codec} would take {nbytes} bytes: not less"
+        choices.append(Choice(activation, codec, nbytes, dependence, reason))
+    return Plan(tuple(_let_go(choices, policy.min_bytes)))
+
+
+def _let_go(choices: Sequence[Choice], min_bytes: int) -> list[Choice]:
+    """Copies views that are kept where the memory that they are views of is needed for nothing else and is larger."""
+    groups: dict[fx.Node, list[Choice]] = {}
+    for choice in choices:
+        groups.setdefault(root(choice.activation.node), []).append(choice)
+    made: dict[fx.Node, Choice] = {}
+    for group in groups.values():
+        memory = sum(c.activation.nbytes for c in group)
+        kept = [c for c in group if isinstance(c.codec, Keep)]
+        pieces = {c.activation.node: own_nbytes(c.activation.value) for c in kept}
+        if memory - sum(pieces.values()) >= max(min_bytes, 1):
+            reason = "{}; copied, and the rest of the tensor that it is a view of is let go"
+            codecs = [replace(c, codec=Copy(), reason=reason.format(c.reason)) for c in kept]
+            made |= {c.activation.node: replace(c, nbytes=pieces[c.activation.node]) for c in codecs}
+        elif kept and len(kept) < len(group):  # what others share of the memory stays, too
+            others = memory - sum(c.nbytes for c in kept)
+            made[kept[0].activation.node] = replace(kept[0], nbytes=kept[0].nbytes + others)
+    return [made.get(c.activation.node, c) for c in choices]
+
+
+def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) -> tuple[Codec, str]:
+    """The rule table."""
+    value = a.value
+    if a.refusal is not None:
+        return Keep(), a.refusal
+    if not policy.lossless:
+        return Keep(), "a rule of the configuration keeps it"
+    if a.nbytes < policy.min_bytes:
+        return Keep(), f"small: under {policy.min_bytes} bytes"
+    if is_constant(a.node):
+        return Recompute(), "a constant: made anew in backward"
+    if value.dtype is torch.bool:
+        return PackBits(plane_width(_row_width(a), 32, 32 * LANES)), "a mask: exact in one bit"
+    if not value.is_floating_point():
+        return _integer(a)
+    if policy.exact is not None:
+        return Keep(), policy.exact
+    if policy.method is not None and policy.method[0] == "cast":
+        return Cast(policy.method[1]), "rounded to nearest by the configuration: biased in itself"
+    if dependence is None or not dependence.biased:
+        return _linear(a, policy)
+    if policy.nonlinear_bits is None:
+        return Keep(), f"biased through {dependence.op}: kept exact by the configuration"
+    if _is_column(value):
+        return Keep(), f"one number per row, biased through {dependence.op}: kept exact"
+    if dependence.steep and policy.nonlinear_bits == "auto":
+        how = f"biased through {dependence.op}, element by element, and steep near zero"
+        if value.dtype is torch.float32:
+            return Cast(torch.bfloat16), f"{how}: rounded relative to each element"
+        return Keep(), f"{how}: kept exact"
+    bits, how = bits_of(dependence, value, policy), "in the configuration's bits"
+    assert bits is not None
+    if policy.nonlinear_bits == "auto":
+        over = dependence.averaged_over
+        how = f"by its variance over {over}" if over > 1 else "element by element"
+    return _quantize(a, bits, policy), f"biased through {dependence.op}, {how}"
+
+
+def bits_of(dependence: Dependence, value: torch.Tensor, policy: Policy) -> int | None:
+    """Bits for a float of which the gradients depend so; None where it is kept exact."""
+    if not dependence.biased:
+        return policy.bits
+    if policy.nonlinear_bits is None or _is_column(value):
+        return None
+    if policy.nonlinear_bits != "auto":
+        return policy.nonlinear_bits
+    if dependence.steep:
+        return 16
+    if dependence.averaged_over >= MANY and policy.bits is not None:
+        return policy.bits
+    return max(4, policy.bits or 4) if dependence.averaged_over >= FEW else 8
+
+
+def _is_column(value: torch.Tensor) -> bool:
+    """Whether a tensor has one number to a row."""
+    return value.dim() < 2 or _torch.known_true(value.shape[-1] == 1)
+
+
+def _linear(a: SavedActivation, policy: Policy) -> tuple[Codec, str]:
+    """For a float that no gradient is non-linear in: all methods serve, and a projection."""
+    width = _row_width(a)
+    wide = width if isinstance(width, int) else 0
+    if policy.method is not None:
+        name, ratio = policy.method
+        if name == "sample_rows" and a.value.dim() > 1:
+            return SampleRows(ratio), "used linearly: rows are sampled, and every gradient stays unbiased"
+        if name in ("prune", "low_rank") and wide >= ratio:
+            codec = Prune(wide // ratio) if name == "prune" else LowRank(wide // ratio)
+            return codec, "used linearly; the codec itself is biased"
+    if policy.bits is None:
+        return Keep(), "floats are kept exact by the configuration"
+    if policy.projection is not None and wide >= 2 * policy.projection:
+        columns = wide // policy.projection
+        return Quantize(fit_format(a, policy.bits, policy, columns), columns), (
+            "used linearly: every gradient stays unbiased, also through a random projection"
+        )
+    return _quantize(a, policy.bits, policy), "used linearly: every gradient stays unbiased"
+
+
+def _quantize(a: SavedActivation, bits: int, policy: Policy) -> Quantize:
+    contiguous = memory_order(a.value) == list(range(a.value.dim()))
+    standardised = policy.standardise and contiguous and standard(a.node) is not None
+    return Quantize(fit_format(a, bits, policy, signed=standardised), standardised=standardised)
+
+
+def _statistics(codec: Codec, a: SavedActivation, saved: Collection[fx.Node]) -> int:
+    """Bytes of the columns' statistics that are saved for a standardised activation alone."""
+    form = standard(a.node) if isinstance(codec, Quantize) and codec.standardised else None
+    nodes = (form.scale, *form.plus) if form else ()
+    return sum(4 * numel_hint(n.meta["val"]) for n in nodes if n not in saved)
+
+
+def _row_width(a: SavedActivation) -> Any:
+    """Elements of a row, the dimension that is contiguous in memory; 1 where there are no rows."""
+    return a.value.shape[memory_order(a.value)[-1]] if a.value.dim() > 1 else 1
+
+
+def _integer(a: SavedActivation) -> tuple[Codec, str]:
+    if a.bound is None:
+        return Keep(), "integers whose range is not known"
+    if isinstance(a.bound, int):
+        dtypes = (torch.int8, torch.int16, torch.int32)
+        fits = next((d for d in dtypes if a.bound <= torch.iinfo(d).max), None)
+    else:
+        fits = torch.int32  # asserted at run time
+    if fits is None or fits.itemsize >= a.value.dtype.itemsize:
+        return Keep(), "integers that need their whole range"
+    return Narrow(fits), f"an index below {a.bound}: exact in {8 * fits.itemsize} bits"
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a forward node is made of numbers and sizes alone."""
+    makers = (torch.ops.aten.full.default, torch.ops.aten.arange.start_step, torch.ops.prims.iota.default)
+    return node.target in makers and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes)
+
+
+def plane_width(width: Any, planes: int, group: int) -> int:
+    """Words per group for which a plane never straddles a row: the loop over it then has a unit stride in the row.
+
+    Of the divisors of the row's width and its multiples, the one nearest to `group / planes` that fills a vector
+    register; `group / planes` itself where none is within a factor of four (prime widths), since larger blocks round
+    more coarsely.
+    """
+    wanted = max(group // planes, LANES)
+    if not isinstance(width, int) or width % wanted == 0 or wanted % max(width, 1) == 0:
+        return wanted
+    divisors = [d for d in range(LANES, width + 1) if width % d == 0]
+    multiples = [width * m for m in range(1, math.ceil(2 * LANES / width) + 1) if width * m >= LANES]
+    near = [d for d in divisors + multiples if d <= 4 * wanted]
+    lanes = {d: -(-d // LANES) * LANES for d in near}  # those of the vectors that a run of `d` words takes
+    return min(near, default=wanted, key=lambda d: (abs(math.log2(d / wanted)) + 1.5 * math.log2(lanes[d] / d), d))
+
+
+def fit_format(a: SavedActivation, bits: int, policy: Policy, columns: int = 0, signed: bool = False) -> BlockFormat:
+    """The block format of an activation, with `columns` columns after a projection, nearest to the policy's.
+
+    `signed`: what is rounded has both signs, whatever the activation has.
+    """
+    levels = dict(policy.fitted).get(a.key) if bits in EXPLICIT_BITS else None
+    if levels is None:
+        levels = _levels(a, bits, signed or columns > 0) if policy.levels == "auto" else policy.levels
+    width = columns or _row_width(a)
+    if policy.rows_per_block is not None and isinstance(width, int) and width > 1:
+        rows = max(1, min(policy.rows_per_block, MOST_OF_SEVERAL_ROWS // width))
+        return BlockFormat(bits, rows * width, levels, policy.metadata)
+    return block_format(width, bits, policy.block, levels, policy.metadata)
+
+
+def _levels(a: SavedActivation, bits: int, signed: bool) -> Levels:
+    """Half a normal's levels for what is never negative; with more bits they gain too little for their many clamps."""
+    if signed or not never_negative(a.node):  # a projection has random signs
+        return "variance-minimising"
+    return "half-normal" if bits == 2 else "uniform"
+
+
+def block_format(
+    width: Any, bits: int, block: int, levels: str = "uniform", metadata: torch.dtype = torch.float32
+) -> BlockFormat:
+    """The block format nearest to `block` whose planes fit rows of `width` elements (1: not made of rows)."""
+    planes = 32 // bits
+    if block < LANES:
+        return BlockFormat(bits, block, levels, metadata)
+    words = plane_width(width, planes, block)  # several blocks to a group where it is longer than `block`
+    per_block = min(planes, 2 ** max(0, round(math.log2(max(block / words, 1)))))
+    return BlockFormat(bits, words * per_block, levels, metadata, words)
