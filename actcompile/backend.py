@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-import actcompile.kernels
-import actcompile.passes
+import actcompile
 from actcompile.passes.codecs import lowerings  # noqa: F401  registers the lowerings of casts
 from actcompile.passes.codecs.standardise import offer
+from actcompile.passes.edges.edges import edges
 from actcompile.passes.graph import _torch  # noqa: F401  registers the lowerings of casts
 from actcompile.passes.graph.bias import Dependence, bias
 from actcompile.passes.graph.find import SavedActivation, find, module_path
@@ -58,7 +59,7 @@ def partition(
         only: where given, the keys of the activations that may be rounded; all others are exact.
         situation: which part of a call the graph is.
     """
-    split = cut(joint, inputs, num_fwd_outputs, situation, **options)
+    split = cut(joint, inputs, num_fwd_outputs, situation, config.fuse, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
     saved_by_torch = find(split)
     chosen, spared = decide(split, config.policy(situation.training), config)
@@ -81,12 +82,15 @@ def cut(
     inputs: Sequence[object],
     num_fwd_outputs: int,
     situation: Situation = Situation(),  # noqa: B008
+    fuse: bool = True,
     **options: Any,
 ) -> Split:
-    """Partitions a joint graph as torch does."""
+    """Partitions a joint graph as torch does, after message passing was fused in it."""
     sizes(joint.graph)
     names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
     parameters = [names[i] for i in options.get("static_lifetime_input_indices") or ()]
+    if fuse:
+        edges(joint.graph, num_fwd_outputs, parameters)
     forward, backward = _torch.min_cut_rematerialization_partition(
         joint, inputs, num_fwd_outputs=num_fwd_outputs, **options
     )
@@ -150,9 +154,9 @@ def recording() -> Iterator[list[GraphReport]]:
 def source_hash() -> str:
     """A hash of everything that decides how a graph is rewritten; part of the compile caches' key."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for package in (actcompile.kernels, actcompile.passes, actcompile):
-        for file in sorted(f for f in Path(package.__path__[0]).rglob("*") if f.suffix in (".py", ".cpp")):
-            digest.update(file.read_bytes())
+    for folder, _, files in sorted(os.walk(actcompile.__path__[0], followlinks=True)):  # passes and kernels, too
+        for file in sorted(f for f in files if f.endswith((".py", ".cpp"))):
+            digest.update(Path(folder, file).read_bytes())
     return digest.hexdigest()
 
 

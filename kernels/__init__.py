@@ -10,9 +10,11 @@ from .bits.lossless import narrow, pack_bits, unpack_bits, widen
 from .blocks.format import BlockFormat, bit_words
 from .blocks.quantize import dequantize, quantize
 from .blocks.random_bits import draw_seed
+from .edges.ops import aggregate, edges, group_edges
 from .edges.spmm import pointer_to, rows_of, spmm, spmm_extremum, spmm_transposed
 
 __all__ = [
+    "aggregate",
     "BlockFormat",
     "bit_words",
     "cast_fp8",
@@ -20,7 +22,9 @@ __all__ = [
     "cuda",
     "dequantize",
     "draw_seed",
+    "edges",
     "fp8_nbytes",
+    "group_edges",
     "low_rank",
     "low_rank_nbytes",
     "narrow",
