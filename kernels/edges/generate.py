@@ -157,7 +157,8 @@ class _Source:
         for i, output in enumerate(program.outputs):
             if _nest(output) == "" and output.kind != "dot":
                 lines.append(self._write(i, output))
-        if any("h" in o.level or "c" in o.level for o in (*program.operands, *program.steps, *program.outputs)):
+        levels = {o.level for o in program.operands} | {s.level for s in program.steps}
+        if levels | {o.level for o in program.outputs} != {""}:
             lines += ["for (int64_t h = 0; h < H; h++) {", *self._head(), "}"]
         return lines
 

@@ -6,10 +6,10 @@ gives the next mini-batch the same one.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,5 +120,5 @@ def has_compiler() -> bool:
     return _cpp() is not None
 
 
-def _cpp() -> ctypes.CDLL | None:
+def _cpp() -> Any:
     return library("edges/group.cpp", FUNCTIONS)

@@ -151,7 +151,7 @@ def _run(
         others = [row_of(*pair) for pair in zip(indices, rows, strict=True)]
         return run_reference(program, operands, row_of(by, by_row), others, nodes, heads, columns)
     remember = not grouped and not by.is_inference()
-    sort = Grouping(*grouped) if grouped else (grouping if remember else group)(by, by_row, nodes)
+    sort = Grouping(grouped[0], grouped[1]) if grouped else (grouping if remember else group)(by, by_row, nodes)
     others = [
         sort.arrange(index, row, _taken(program, j, operands, heads, columns), remember)
         for j, (index, row) in enumerate(zip(indices, rows, strict=True))

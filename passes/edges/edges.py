@@ -2,9 +2,9 @@
 
 PyG's layers take rows of nodes for every edge, compute on them, and add them up. Autograd does the same in the other
 direction. In the graph of both, before torch cuts it, every such region becomes one op that goes over the edges grouped
-by node (`actcompile.kernels.edges`). It reads node rows and leaves node rows, so those are what the cut can choose from:
-what is saved for backward has a row for each node, and where backward needs a message or an attention weight, its region
-computes it again.
+by node (`actcompile.kernels.edges`). It reads node rows and leaves node rows, so those are what the cut can choose
+from: what is saved for backward has a row for each node, and where backward needs a message or an attention weight, its
+region computes it again.
 
 A comparison of forward's values in backward (which neighbour was the largest, where a ReLU was at work) is taken in
 forward, where the values are exact, and handed on as a mask.
@@ -165,7 +165,7 @@ class _Fusing:
                         break
             else:
                 return None
-        if take is None or not value.meta["val"].dtype == take.matrix.meta["val"].dtype:
+        if take is None or value.meta["val"].dtype != take.matrix.meta["val"].dtype:
             return None
         sizes = zip(take.matrix.meta["val"].shape[1:], value.meta["val"].shape[1:], strict=False)
         dims = take.matrix.meta["val"].dim(), value.meta["val"].dim()
@@ -228,7 +228,7 @@ class _Fusing:
         return size if isinstance(size, int) else call(self.graph, aten.sym_size.int, matrix, 0, like=matrix)
 
     def _grouped(self, index: Index, nodes: object, before: fx.Node) -> list[fx.Node]:
-        """The grouping of edges that the graph makes itself, once for all; none for an input, where it is remembered."""
+        """The grouping of edges the graph makes, once for all layers; none for inputs, where it is remembered."""
         tensor = index.tensor
         if tensor.op == "placeholder" and not any(writes(user) for user in tensor.users):
             return []
@@ -252,7 +252,8 @@ def _body(made: Region, whole: bool) -> fx.Graph:
     assert isinstance(last, fx.Node)
     nodes = sorted({*made.inside, last})
     inputs = [n for node in nodes for n in node.all_input_nodes if n not in nodes]
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in (*made.operands, *dict.fromkeys(n for n in inputs if n not in made.operands)):
         placeholder = graph.placeholder(node.name)
         placeholder.meta["val"] = node.meta.get("val")

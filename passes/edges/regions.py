@@ -1,9 +1,9 @@
 """Regions of message passing: what is computed on rows of edges between takes and sums, as a program over edges.
 
-A region is found from its end: a sum, a maximum or a minimum over the edges of a node; a sum over the columns of an edge;
-a comparison that backward needs. From there it goes back through pointwise ops, and ends at its *leaves*: node rows that
-are taken, rows of edges that something else makes, numbers and rows that are the same for all edges. What several regions
-compute is computed in each: it is cheap where rows are read anyway, and costs no memory.
+A region is found from its end: a sum, a maximum or a minimum over the edges of a node; a sum over the columns of an
+edge; a comparison that backward needs. From there it goes back through pointwise ops, and ends at its *leaves*: node
+rows that are taken, rows of edges that something else makes, numbers and rows that are the same for all edges. What
+several regions compute is computed in each: it is cheap where rows are read anyway, and costs no memory.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ POINTWISE = {
     aten.neg.default: "neg", aten.abs.default: "abs", aten.exp.default: "exp", aten.log.default: "log",
     aten.log1p.default: "log1p", aten.expm1.default: "expm1", aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt",
     aten.reciprocal.default: "reciprocal", aten.sin.default: "sin", aten.cos.default: "cos", aten.erf.default: "erf",
-    aten.pow.Tensor_Scalar: "pow", aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh", aten.relu.default: "relu",
-    aten.maximum.default: "maximum", aten.minimum.default: "minimum", aten.where.self: "where",
+    aten.pow.Tensor_Scalar: "pow", aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh",
+    aten.relu.default: "relu", aten.maximum.default: "maximum", aten.minimum.default: "minimum",
+    aten.where.self: "where",
     aten.gt.Tensor: "gt", aten.gt.Scalar: "gt", aten.ge.Tensor: "ge", aten.ge.Scalar: "ge",
     aten.lt.Tensor: "lt", aten.lt.Scalar: "lt", aten.le.Tensor: "le", aten.le.Scalar: "le",
     aten.eq.Tensor: "eq", aten.eq.Scalar: "eq", aten.ne.Tensor: "ne", aten.ne.Scalar: "ne",

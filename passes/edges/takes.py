@@ -49,19 +49,25 @@ class Reduction:
 
 def index_of(node: object, trailing: int = 0) -> Index | None:
     """The index that a node is: of rows, or with `trailing` dimensions more along which it is the same."""
-    while _is_index(node) and node.target is aten.expand.default and _same_length(node, node.args[0]):  # type: ignore[union-attr]
-        node = node.args[0]  # type: ignore[union-attr]
-    if not _is_index(node) or node.meta["val"].dim() != 1 + trailing:  # type: ignore[union-attr]
+    if not isinstance(node, fx.Node) or not _is_index(node):
         return None
-    if trailing and not all(_torch.known_true(size == 1) for size in node.meta["val"].shape[1:]):  # type: ignore[union-attr]
+    column = _unwrapped(node, (aten.expand.default,))
+    sizes = column.meta["val"].shape
+    if len(sizes) != 1 + trailing or not all(_torch.known_true(size == 1) for size in sizes[1:]):
         return None
-    while node.target in (aten.view.default, aten.unsqueeze.default) and _same_length(node, node.args[0]):  # type: ignore[union-attr]
-        node = node.args[0]  # type: ignore[union-attr]
-    match node:
+    rows = _unwrapped(column, (aten.view.default, aten.unsqueeze.default))
+    match rows:
         case fx.Node(target=aten.select.int, args=(fx.Node() as tensor, 0, int() as row)):
             if tensor.meta["val"].dim() == 2 and row >= 0:
                 return Index(tensor, row)
-    return Index(node, -1) if node.meta["val"].dim() == 1 else None  # type: ignore[arg-type, union-attr]
+    return Index(rows, -1) if rows.meta["val"].dim() == 1 else None
+
+
+def _unwrapped(node: fx.Node, ops: tuple[object, ...]) -> fx.Node:
+    """What a node is made of by some ops that leave the number of rows as it is."""
+    while node.target in ops and isinstance(source := node.args[0], fx.Node) and _same_length(node, source):
+        node = source
+    return node
 
 
 def take_of(node: fx.Node) -> Take | None:
@@ -105,14 +111,13 @@ def reduction_of(node: fx.Node) -> Reduction | None:
     return Reduction(kind, index, value, zeros.args[0][0])  # type: ignore[index]
 
 
-def _is_index(node: object) -> bool:
-    return isinstance(node, fx.Node) and is_tensor(node) and node.meta["val"].dtype in (torch.int64, torch.int32)
+def _is_index(node: fx.Node) -> bool:
+    return is_tensor(node) and node.meta["val"].dtype in (torch.int64, torch.int32)
 
 
-def _same_length(node: fx.Node, other: object) -> bool:
-    if not isinstance(other, fx.Node) or not is_tensor(other) or not other.meta["val"].dim():
-        return False
-    return _torch.known_true(node.meta["val"].shape[0] == other.meta["val"].shape[0])
+def _same_length(node: fx.Node, other: fx.Node) -> bool:
+    sizes, others = node.meta["val"].shape, other.meta["val"].shape
+    return len(sizes) > 0 and len(others) > 0 and _torch.known_true(sizes[0] == others[0])
 
 
 def _same_sizes(node: fx.Node, other: fx.Node, start: int) -> bool:

@@ -3,7 +3,7 @@
 from torch import fx
 
 BODY = "actcompile_body"
-"""In a node's meta: a graph whose first inputs are the node's operands, in order, and whose output is its only result."""
+"""In a node's meta: a graph whose first inputs are the node's operands, in order, and whose output is its result."""
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:

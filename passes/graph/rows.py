@@ -6,6 +6,7 @@ same products of factors, by the same indices and weights; each factor's transpo
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -81,8 +82,8 @@ class RowOp:
     """A node that maps the rows of a matrix.
 
     kind: "take", for the rows that the index `by` names; "sum", where row k is added to row `by[k]` of zeros; "mul" and
-    "div", with one number for each row or one for all; "aggregate", take, mul and sum in one; "spmm" and "spmm_transposed", with the sparse matrix of three
-    arrays. An index may be a column.
+        "div", with one number for each row or one for all; "aggregate", a take, a mul and a sum in one; "spmm" and
+        "spmm_transposed", with the sparse matrix of three arrays. An index may be a column.
     """
 
     kind: str
@@ -198,8 +199,8 @@ def steps(op: RowOp, names: Names) -> tuple[tuple[str, object], ...]:
     """The factors of what an op does; those of `aggregate` are to take rows, weigh them, and add them up."""
     if op.kind != "aggregate":
         return ((op.kind, names.of_rows(op.by)),)
-    weight, *indices = op.by  # type: ignore[misc]
-    take, by = ((names.of(tensor), row) for tensor, row in indices)
+    weight, take, by = cast(Any, op.by)
+    take, by = ((names.of(tensor), row) for tensor, row in (take, by))
     weighed = () if weight is None else (("mul", names.of_rows(weight)),)
     return ("take", take), *weighed, ("sum", by)
 
