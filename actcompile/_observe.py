@@ -19,7 +19,7 @@ from actcompile.passes.graph.find import memory_order
 from actcompile.passes.plan.plan import Choice
 
 from . import _trace
-from .backend import cut, decide
+from .backend import cut, decide, fuse
 from .config import Config
 
 Look = Callable[[Choice, Tensor], None]
@@ -53,6 +53,7 @@ def observed(
         def partition(
             joint: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int, **keywords: Any
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
+            fuse(joint, num_fwd_outputs, made, keywords)
             split = cut(joint, joint_inputs, num_fwd_outputs, **keywords)
             chosen = decide(split, made.policy(), made)[0].choices
             watched.update({_encoded(c).name: c for c in chosen if isinstance(c.codec, Quantize)})

@@ -226,6 +226,7 @@ def record(
     split: Split,
     plan: Plan,
     saved_before: Iterable[SavedActivation],
+    saved_fused: Iterable[SavedActivation],
     spared: Iterable[Spared],
     reached: Mapping[fx.Node, tuple[int, ...]],
     inner: str,
@@ -235,13 +236,15 @@ def record(
 
     Args:
         saved_before: what torch's own partition saved, before any pass of ours.
+        saved_fused: what it saved after message passing was fused; the same where none was.
         spared: what is not saved any more, since backward does without it.
         reached: what `reach` returned before the rewrite.
         situation: which part of a call the graph is.
     """
-    counted = {split.crossing.get(position) for position in situation.counted}
-    saved_before = [replace(a, nbytes=0) if root(a.node) in counted else a for a in saved_before]
-    by_torch = {root(a.node) for a in saved_before}
+    counted = {node.name for position in situation.counted if (node := split.crossing.get(position))}
+    saved_before = [replace(a, nbytes=0) if root(a.node).name in counted else a for a in saved_before]
+    by_torch = {root(a.node).name for a in saved_before}
+    known = {a.node.name for a in saved_fused}
     saved = {root(n) for n, _ in split.pairs}
     without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
@@ -250,11 +253,11 @@ def record(
     for choice in plan.choices:
         a = choice.activation
         was = before.pop(a.node.name, None)
-        added = "" if was or a.refusal or a.node.name in pieces else _why_added(a)
-        if root(a.node) in counted and choice.nbytes:
+        added = "" if was or a.refusal or a.node.name in pieces else _why_added(a, a.node.name in known)
+        if root(a.node).name in counted and choice.nbytes:
             added = "an earlier graph saves it, too"
         rows.append(_row(choice, was, added, reached.get(a.placeholder, ())))
-    rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
+    rows += [_dropped(a, without.get(a.node.name), a.node.name in known) for a in before.values()]
     symbols = split.symbols(saved_before)
     return GraphReport(
         rows=tuple(sorted(rows, key=lambda r: -r.bytes_before)),
@@ -264,8 +267,8 @@ def record(
         backward_nodes=_nodes(split.backward.graph, _ours),
         inner=inner,
         training=situation.training,
-        taken=tuple((position, n in saved) for position, n in split.crossing.items() if n in by_torch),
-        given=tuple((position, n in saved) for position, n in split.given.items() if n in by_torch),
+        taken=tuple((position, n in saved) for position, n in split.crossing.items() if n.name in by_torch),
+        given=tuple((position, n in saved) for position, n in split.given.items() if n.name in by_torch),
         sizes={name: _torch.size_hint(size) for name, size in symbols.items()},
         bounds=tuple(name for name, size in symbols.items() if _torch.is_unbacked(size)),
         handed_on=tuple(str(_torch.expression(n.meta["val"])) for n, _ in split.pairs if is_size(n)),
@@ -290,14 +293,16 @@ def _row(choice: Choice, before: SavedActivation | None, added: str, reaches: tu
     )
 
 
-def _why_added(a: SavedActivation) -> str:
+def _why_added(a: SavedActivation, fused: bool) -> str:
     """Why an activation is saved that torch alone would compute again."""
+    if fused:
+        return "read by fused message passing"
     if a.value.is_floating_point():
         return "saved beside what it is made of, so that no rounded element meets itself"
     return "taken in forward, so that no rounded value decides it"
 
 
-def _dropped(a: SavedActivation, spared: Spared | None) -> Row:
+def _dropped(a: SavedActivation, spared: Spared | None, known: bool) -> Row:
     if a.refusal is not None:
         codec, reason = str(Keep()), a.refusal
     elif spared is not None:
@@ -305,6 +310,11 @@ def _dropped(a: SavedActivation, spared: Spared | None) -> Row:
         reason = spared.reason
     elif is_constant(a.node):
         codec, reason = "drop", "a constant: backward does without it"
+    elif not known:
+        codec, reason = (
+            "fused",
+            "message passing is fused: backward computes it again by edge, or reads other values",
+        )
     else:
         codec, reason = "drop", "backward asked only for a mask, which is saved instead"
     return Row(

@@ -32,11 +32,13 @@ aten, ops = torch.ops.aten, torch.ops.actcompile
 class Fused:
     """A region that became one op, or the reason why it did not.
 
-    end: name of the node that it ended with.
+    end: name of the node that it ended with; the op's result has it now.
+    inside: names of the nodes that it computes.
     nbytes: bytes of the largest tensor of a row for each edge that is not made any more, or still is.
     """
 
     end: str
+    inside: tuple[str, ...]
     nbytes: int
     reason: str = ""
 
@@ -61,6 +63,7 @@ class _Fusing:
         self.of_parameters = _descendants(n for n in placeholders if n.name in parameters)
         self.known: dict[fx.Node, bool] = {}
         self.grouped: dict[tuple[Index, str], tuple[fx.Node, fx.Node]] = {}
+        self.replaced: dict[fx.Node, fx.Node] = {}
         self.fused: list[Fused] = []
 
     def run(self) -> list[Fused]:
@@ -72,7 +75,7 @@ class _Fusing:
             try:
                 made = self._written(node)
             except Unfit as reason:
-                self.fused.append(Fused(node.name, _nbytes(node), str(reason)))
+                self.fused.append(Fused(node.name, (), _nbytes(node), str(reason)))
                 continue
             if made is not None:
                 found[node] = made
@@ -83,8 +86,13 @@ class _Fusing:
         for node in sorted(found, key=order.__getitem__):
             made = found[node]
             result = self._call(made) if isinstance(made, Region) else self._aggregate(node, *made)
-            self.fused.append(Fused(node.name, _widest(made)))
+            inside = made.inside if isinstance(made, Region) else [made[2].value]
+            nbytes = max(map(_nbytes, inside), default=0)
+            self.fused.append(Fused(node.name, tuple(n.name for n in inside), nbytes))
             node.replace_all_uses_with(result)
+            self.graph.erase_node(node)
+            self.replaced[node] = result
+            result.name = node.name
         self.graph.eliminate_dead_code()
         return self.fused
 
@@ -188,12 +196,15 @@ class _Fusing:
         with self.graph.inserting_before(node):
             by, row = reduction.index.tensor, reduction.index.row
             grouped = self._grouped(reduction.index, reduction.nodes, node)
-            matrix, other = take.matrix, take.index
-            result = call(
-                self.graph, ops.aggregate.default, matrix, weight, other.tensor, other.row, by, row, reduction.nodes,
-                grouped, like=node,
+            matrix, other = self._now(take.matrix), take.index
+            return call(
+                self.graph, ops.aggregate.default, matrix, weight and self._now(weight), other.tensor, other.row, by,
+                row, reduction.nodes, grouped, like=node,
             )  # fmt: skip
-        return result
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        """What stands for a node now."""
+        return self.replaced.get(node, node)
 
     def _call(self, made: Region) -> fx.Node:
         """Inserts the call of a region's program before the node that it ends with; returns the result in its shape."""
@@ -204,8 +215,8 @@ class _Fusing:
             nodes = reduction.nodes if reduction is not None else self._rows(made)
             result = call(
                 graph, ops.edges.default, made.program.dump(), made.by.tensor, made.by.row, nodes, made.heads,
-                made.columns, [i.tensor for i in made.indices], [i.row for i in made.indices], made.operands,
-                self._grouped(made.by, nodes, end), like=end,
+                made.columns, [i.tensor for i in made.indices], [i.row for i in made.indices],
+                [self._now(n) for n in made.operands], self._grouped(made.by, nodes, end), like=end,
             )  # fmt: skip
             result.meta[BODY] = _body(made, whole=kind != "sum" or reduction is not None)
             inherit_origin(part := call(graph, operator.getitem, result, 0), end)
@@ -225,7 +236,7 @@ class _Fusing:
             if operand.where == "take" and operand.index == -1
         )
         size = matrix.meta["val"].shape[0]
-        return size if isinstance(size, int) else call(self.graph, aten.sym_size.int, matrix, 0, like=matrix)
+        return size if isinstance(size, int) else call(self.graph, aten.sym_size.int, self._now(matrix), 0, like=matrix)
 
     def _grouped(self, index: Index, nodes: object, before: fx.Node) -> list[fx.Node]:
         """The grouping of edges the graph makes, once for all layers; none for inputs, where it is remembered."""
@@ -301,8 +312,3 @@ def _width(node: fx.Node) -> int:
 def _nbytes(node: fx.Node) -> int:
     value = node.meta["val"]
     return _torch.size_hint(value.shape[0]) * _width(node) * value.dtype.itemsize if value.dim() else 0
-
-
-def _widest(made: Region | tuple[Take, fx.Node | None, Reduction]) -> int:
-    inside = made.inside if isinstance(made, Region) else [made[2].value]
-    return max(map(_nbytes, inside), default=0)
