@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +31,16 @@ class Grouping:
 
     pointer: Tensor
     order: Tensor | None
-    arranged: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, Tensor]] = field(default_factory=dict)
+    arranged: dict[tuple[int, int, int], tuple[weakref.ref[Tensor], int, Tensor]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.pointer, self.order, *(tensor for _, _, tensor in self.arranged.values())]
+        tensors = [self.pointer, self.order, *(tensor for _, _, tensor in list(self.arranged.values()))]
         return sum(t.nbytes for t in tensors if t is not None)
 
     def arrange(self, edges: Tensor, row: int, nodes: int, remember: bool) -> Tensor:
         """Which node each edge has at its other end, by place: int32, (edges,)."""
-        key = id(edges), row
+        key = id(edges), row, nodes
         found = self.arranged.get(key)
         if found is not None and found[0]() is edges and found[1] == _version(edges):
             return found[2]
@@ -50,8 +51,10 @@ class Grouping:
         )
         if code < 0:
             raise IndexError(f"an index of edges is out of range: it must be smaller than {nodes}, the number of nodes")
-        if remember:
-            self.arranged[key] = weakref.ref(edges), _version(edges), out
+        if remember and not edges.is_inference():  # it has no version that tells of changes
+            for other in [k for k, (ref, _, _) in list(self.arranged.items()) if ref() is None]:
+                self.arranged.pop(other, None)
+            self.arranged[key] = weakref.ref(edges), edges._version, out
         return out
 
 
@@ -81,9 +84,8 @@ def grouping(edges: Tensor, row: int, nodes: int) -> Grouping:
     with _lock:
         found = _remembered.get(id(edges))
         if found is None or found[0]() is not edges or found[1] != version:
-            key = id(edges)
-            dies = weakref.ref(edges, lambda ref: _forget(key, ref))
-            found = _remembered[key] = dies, version, {}
+            dies = weakref.ref(edges, partial(_forget, id(edges)))
+            found = _remembered[id(edges)] = dies, version, {}
         known = found[2]
         if (row, nodes) not in known:
             known[row, nodes] = group(edges, row, nodes)
@@ -93,7 +95,7 @@ def grouping(edges: Tensor, row: int, nodes: int) -> Grouping:
 def remembered_nbytes() -> int:
     """The bytes of all groupings that are remembered now."""
     with _lock:
-        return sum(g.nbytes for _, _, known in _remembered.values() for g in known.values())
+        return sum(g.nbytes for _, _, known in list(_remembered.values()) for g in known.values())
 
 
 def _forget(key: int, ref: weakref.ref[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -82,7 +83,7 @@ def aggregate(
     Returns:
         (nodes, ...), in the dtype of `matrix`.
     """
-    columns = matrix.numel() // max(matrix.shape[0], 1)
+    columns = math.prod(matrix.shape[1:])
     text = aggregation(str(matrix.dtype)[6:], None if weight is None else str(weight.dtype)[6:])
     operands = [matrix] if weight is None else [matrix, weight]
     (out,) = _run(parse(text), text, by, by_row, nodes, 1, columns, [take], [take_row], operands, grouped)
@@ -153,7 +154,7 @@ def _run(
     remember = not grouped and not by.is_inference()
     sort = Grouping(grouped[0], grouped[1]) if grouped else (grouping if remember else group)(by, by_row, nodes)
     others = [
-        sort.arrange(index, row, _taken(program, j, operands, heads, columns), remember)
+        sort.arrange(index, row, _taken(program, j, operands), remember)
         for j, (index, row) in enumerate(zip(indices, rows, strict=True))
     ]
     results = [
@@ -172,10 +173,10 @@ def _run(
     return results
 
 
-def _taken(program: Program, index: int, operands: Sequence[Tensor], heads: int, columns: int) -> int:
+def _taken(program: Program, index: int, operands: Sequence[Tensor]) -> int:
     """The number of nodes that an index may name: of the shortest operand that is read by it."""
     return min(
-        tensor.numel() // max(width(operand.level, heads, columns), 1)
+        tensor.shape[0]
         for operand, tensor in zip(program.operands, operands, strict=True)
         if operand.where == "take" and operand.index == index
     )

@@ -81,11 +81,15 @@ class _Fusing:
                 found[node] = made
                 masks.update(made.masks if isinstance(made, Region) else ())
         for mask in masks:
-            found[mask] = self._apart(mask, mask, "edge", exact=lambda _: False)
+            try:
+                found[mask] = self._apart(mask, mask, "edge", exact=lambda _: False)
+            except Unfit as reason:  # it stays as it is, and `masks` has it made in forward
+                self.fused.append(Fused(mask.name, (), _nbytes(mask), str(reason)))
+        bodies = {node: _body(made) for node, made in found.items() if isinstance(made, Region)}
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         for node in sorted(found, key=order.__getitem__):
             made = found[node]
-            result = self._call(made) if isinstance(made, Region) else self._aggregate(node, *made)
+            result = self._call(made, bodies[node]) if isinstance(made, Region) else self._aggregate(node, *made)
             inside = made.inside if isinstance(made, Region) else [made[2].value]
             nbytes = max(map(_nbytes, inside), default=0)
             self.fused.append(Fused(node.name, tuple(n.name for n in inside), nbytes))
@@ -206,7 +210,7 @@ class _Fusing:
         """What stands for a node now."""
         return self.replaced.get(node, node)
 
-    def _call(self, made: Region) -> fx.Node:
+    def _call(self, made: Region, body: fx.Graph) -> fx.Node:
         """Inserts the call of a region's program before the node that it ends with; returns the result in its shape."""
         graph, end = self.graph, made.end
         kind = made.program.outputs[0].kind
@@ -218,7 +222,7 @@ class _Fusing:
                 made.columns, [i.tensor for i in made.indices], [i.row for i in made.indices],
                 [self._now(n) for n in made.operands], self._grouped(made.by, nodes, end), like=end,
             )  # fmt: skip
-            result.meta[BODY] = _body(made, whole=kind != "sum" or reduction is not None)
+            result.meta[BODY] = body
             inherit_origin(part := call(graph, operator.getitem, result, 0), end)
             value = end.meta["val"]
             if kind == "sum" and reduction is None:  # over all edges: over those of each node, then over nodes
@@ -253,13 +257,13 @@ class _Fusing:
         return list(self.grouped[key])
 
 
-def _body(made: Region, whole: bool) -> fx.Graph:
-    """What a region computes as a graph: its first inputs are the operands, its output is the end, or its value.
+def _body(made: Region) -> fx.Graph:
+    """What a region computes as a graph: its first inputs are the operands, its output is the end.
 
-    Args:
-        whole: whether the end itself is what is computed.
+    Of a sum over all edges, the output is what is summed up.
     """
-    last = made.end if whole else made.end.args[0]
+    over_all = made.program.outputs[0].kind == "sum" and reduction_of(made.end) is None
+    last = made.end.args[0] if over_all else made.end
     assert isinstance(last, fx.Node)
     nodes = sorted({*made.inside, last})
     inputs = [n for node in nodes for n in node.all_input_nodes if n not in nodes]

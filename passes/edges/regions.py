@@ -40,6 +40,7 @@ POINTWISE = {
     prims.convert_element_type.default: "float", aten._to_copy.default: "float",
 }  # fmt: skip
 SHAPES = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
+COPIES = (aten.clone.default, aten.alias.default)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 
 Axes = tuple[str, ...]
@@ -134,7 +135,7 @@ class Builder:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             result = self.value(source, self._before(node, source, axes))
-        elif node.target is aten.clone.default:
+        elif node.target in COPIES:
             result = self.value(node.args[0], axes)  # type: ignore[arg-type]
         else:
             op = POINTWISE[node.target]  # type: ignore[index]
@@ -240,6 +241,10 @@ def region(
     sizes = value.meta["val"].shape[1:]
     if not all(isinstance(size, int) for size in sizes):
         raise Unfit("the number of columns is symbolic")
+    if 0 in sizes:
+        raise Unfit("rows of no columns")
+    if kind == "dot" and sizes[-1] == 1:
+        raise Unfit("a sum over one column")
     wide = [size for size in sizes if size != 1]
     if len(wide) > 2:
         raise Unfit("rows of three dimensions")
@@ -279,7 +284,7 @@ def _written(
 
 def is_computable(node: fx.Node) -> bool:
     """Whether a program can do what a node does to its arguments."""
-    if node.target in SHAPES or node.target in (aten.expand.default, aten.clone.default):
+    if node.target in SHAPES or node.target in (aten.expand.default, *COPIES):
         return isinstance(node.args[0], fx.Node)
     if node.target not in POINTWISE or not is_tensor(node):
         return False
