@@ -1,7 +1,7 @@
 """C++ of a program over edges: nodes in parallel, each by one thread, so no atomics, and the same sums every time.
 
 Threads take chunks of nodes with about as many edges each. Rows of the edges to come are fetched ahead. Sums are taken
-in float32 for 16-bit tensors, in float64 where there is a float64 operand.
+in float32 for 16-bit tensors, in float64 where an operand or a result is of float64.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def generate(text: str) -> str:
 class _Source:
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.double = any(o.dtype == "float64" for o in program.operands)
+        self.double = any(part.dtype == "float64" for part in (*program.operands, *program.outputs))
+        self.levels = {part.level for part in (*program.operands, *program.steps, *program.outputs)}
+        self.has_heads = any("h" in level for level in self.levels)
         self.folded = [i for i, o in enumerate(program.outputs) if o.kind in REDUCTIONS]
         self.apart = [i for i in self.folded if not self._in_place(i)]  # summed up in a row of their own, then stored
 
@@ -157,9 +159,8 @@ class _Source:
         for i, output in enumerate(program.outputs):
             if _nest(output) == "" and output.kind != "dot":
                 lines.append(self._write(i, output))
-        levels = {o.level for o in program.operands} | {s.level for s in program.steps}
-        if levels | {o.level for o in program.outputs} != {""}:
-            lines += ["for (int64_t h = 0; h < H; h++) {", *self._head(), "}"]
+        if self.levels != {""} or any(o.kind == "dot" for o in program.outputs):
+            lines += [f"for (int64_t h = 0; h < {'H' if self.has_heads else '1'}; h++) {{", *self._head(), "}"]
         return lines
 
     def _head(self) -> list[str]:
@@ -187,8 +188,9 @@ class _Source:
         if kind == "edge":
             return f"store(r{i}, e * {_width(level)}{_at(level)}, {value});"
         place = f"a{i}[0{_at(level)}]"
+        once = "h" in level or _nest(output) == "" or not self.has_heads
         new = {
-            "sum": f"{place} + {value}",
+            "sum": f"{place} + {value}" if once else f"{place} + (h ? T(0) : T({value}))",
             "max": f"larger({place}, T({value}))",
             "min": f"smaller({place}, T({value}))",
         }

@@ -155,7 +155,8 @@ def run_reference(
     edges = by.shape[0]
     values: dict[str, Tensor] = {}
     for i, (operand, tensor) in enumerate(zip(program.operands, operands, strict=True)):
-        rows = tensor.reshape(-1, *shape(operand.level, heads, columns))
+        count = 1 if operand.where == "all" else tensor.shape[0]
+        rows = tensor.reshape(count, *shape(operand.level, heads, columns))
         if operand.where == "take":
             rows = rows[by if operand.index < 0 else indices[operand.index]]
         values[f"o{i}"] = rows if rows.dtype in (torch.bool, torch.float64) else rows.float()

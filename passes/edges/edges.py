@@ -90,6 +90,7 @@ class _Fusing:
         for node in sorted(found, key=order.__getitem__):
             made = found[node]
             result = self._call(made, bodies[node]) if isinstance(made, Region) else self._aggregate(node, *made)
+            result = self._added(node, result)
             inside = made.inside if isinstance(made, Region) else [made[2].value]
             nbytes = max(map(_nbytes, inside), default=0)
             self.fused.append(Fused(node.name, tuple(n.name for n in inside), nbytes))
@@ -109,7 +110,7 @@ class _Fusing:
             linear = self._linear(reduction)
             if linear is not None:
                 return *linear, reduction
-            nodes = _size(reduction.nodes)
+            nodes = node.meta["val"].shape[0]
             return region(node, reduction.value, reduction.kind, reduction.index, nodes, self.taken, self._exact(node))
         match node:
             case fx.Node(target=aten.sum.dim_IntList, args=(fx.Node() as value, [*dims], *_)) if not node.kwargs:
@@ -199,11 +200,12 @@ class _Fusing:
     def _aggregate(self, node: fx.Node, take: Take, weight: fx.Node | None, reduction: Reduction) -> fx.Node:
         with self.graph.inserting_before(node):
             by, row = reduction.index.tensor, reduction.index.row
-            grouped = self._grouped(reduction.index, reduction.nodes, node)
+            nodes = self._nodes(reduction)
+            grouped = self._grouped(reduction.index, nodes, node)
             matrix, other = self._now(take.matrix), take.index
             return call(
                 self.graph, ops.aggregate.default, matrix, weight and self._now(weight), other.tensor, other.row, by,
-                row, reduction.nodes, grouped, like=node,
+                row, nodes, grouped, like=node,
             )  # fmt: skip
 
     def _now(self, node: fx.Node) -> fx.Node:
@@ -216,7 +218,7 @@ class _Fusing:
         kind = made.program.outputs[0].kind
         reduction = reduction_of(end)
         with graph.inserting_before(end):
-            nodes = reduction.nodes if reduction is not None else self._rows(made)
+            nodes = self._nodes(reduction) if reduction is not None else self._rows(made)
             result = call(
                 graph, ops.edges.default, made.program.dump(), made.by.tensor, made.by.row, nodes, made.heads,
                 made.columns, [i.tensor for i in made.indices], [i.row for i in made.indices],
@@ -231,6 +233,21 @@ class _Fusing:
             if value.dim() == 2 and _torch.known_true(value.shape[1] == part.meta["val"].shape[1]):
                 return part
             return call(graph, aten.view.default, part, [-1, *value.shape[1:]], like=end)
+
+    def _nodes(self, reduction: Reduction) -> object:
+        """The number of rows of a sum by node."""
+        if reduction.nodes is not None:
+            return reduction.nodes
+        base = self._now(reduction.base)  # type: ignore[arg-type]
+        return call(self.graph, aten.sym_size.int, base, 0, like=base)
+
+    def _added(self, node: fx.Node, result: fx.Node) -> fx.Node:
+        """What stands for `node`, given its sums: with what they are added to."""
+        reduction = reduction_of(node)
+        if reduction is None or reduction.base is None:
+            return result
+        with self.graph.inserting_before(node):
+            return call(self.graph, aten.add.Tensor, self._now(reduction.base), result, like=node)
 
     def _rows(self, made: Region) -> object:
         """The number of nodes that edges are grouped by, where no sum says it: of the rows that are taken by it."""

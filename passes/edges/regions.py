@@ -40,7 +40,7 @@ POINTWISE = {
     prims.convert_element_type.default: "float", aten._to_copy.default: "float",
 }  # fmt: skip
 SHAPES = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
-COPIES = (aten.clone.default, aten.alias.default)
+SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 
 Axes = tuple[str, ...]
@@ -135,7 +135,7 @@ class Builder:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             result = self.value(source, self._before(node, source, axes))
-        elif node.target in COPIES:
+        elif node.target in SAME:
             result = self.value(node.args[0], axes)  # type: ignore[arg-type]
         else:
             op = POINTWISE[node.target]  # type: ignore[index]
@@ -284,7 +284,7 @@ def _written(
 
 def is_computable(node: fx.Node) -> bool:
     """Whether a program can do what a node does to its arguments."""
-    if node.target in SHAPES or node.target in (aten.expand.default, *COPIES):
+    if node.target in SHAPES or node.target in (aten.expand.default, *SAME):
         return isinstance(node.args[0], fx.Node)
     if node.target not in POINTWISE or not is_tensor(node):
         return False

@@ -38,12 +38,14 @@ class Take:
 class Reduction:
     """The rows of `value`, of (edges, ...), added up by what an index names, or the largest or smallest of them.
 
-    nodes: the number of rows of the result: a number, or the node that is it.
+    base: what they are added to; None where that is zero.
+    nodes: the number of rows of the result: a number, or the node that is it; None where `base` has to be asked.
     """
 
     kind: str
     index: Index
     value: fx.Node
+    base: fx.Node | None
     nodes: object
 
 
@@ -86,29 +88,33 @@ def take_of(node: fx.Node) -> Take | None:
 
 
 def reduction_of(node: fx.Node) -> Reduction | None:
-    """What a node sums up by an index of rows, into zeros, or None where it does something else."""
+    """What a node sums up by an index of rows, or None where it does something else."""
     kind = "sum"
     match node:
-        case fx.Node(target=aten.index_put.default, args=(fx.Node() as zeros, [by], fx.Node() as value, True)):
+        case fx.Node(target=aten.index_put.default, args=(fx.Node() as base, [by], fx.Node() as value, True)):
             index = index_of(by)
-        case fx.Node(target=aten.index_add.default, args=(fx.Node() as zeros, 0, by, fx.Node() as value)):
+        case fx.Node(target=aten.index_add.default, args=(fx.Node() as base, 0, by, fx.Node() as value)):
             index = None if node.kwargs else index_of(by)
-        case fx.Node(target=aten.scatter_add.default, args=(fx.Node() as zeros, 0, by, fx.Node() as value)):
+        case fx.Node(target=aten.scatter_add.default, args=(fx.Node() as base, 0, by, fx.Node() as value)):
             index = index_of(by, value.meta["val"].dim() - 1) if _all_of(by, value) else None
         case fx.Node(
-            target=aten.scatter_reduce.two, args=(fx.Node() as zeros, 0, by, fx.Node() as value, str() as name)
+            target=aten.scatter_reduce.two, args=(fx.Node() as base, 0, by, fx.Node() as value, str() as name)
         ) if name in ("sum", "amax", "amin"):
             kind = name.removeprefix("a")
             index = index_of(by, value.meta["val"].dim() - 1) if _all_of(by, value) else None
-            if kind != "sum" and node.kwargs.get("include_self", True):
+            included = node.kwargs.get("include_self", True)
+            if (kind != "sum" and included) or not (included or _is_zero(base)):
                 return None
         case _:
             return None
-    if index is None or not _is_zero(zeros) or not _same_sizes(node, value, 1):
+    if index is None or not _same_sizes(node, value, 1) or base.meta["val"].dtype != value.meta["val"].dtype:
         return None
     if not _torch.known_true(value.meta["val"].shape[0] == index.edges):
         return None  # one row, put at several places
-    return Reduction(kind, index, value, zeros.args[0][0])  # type: ignore[index]
+    if _is_zero(base):
+        return Reduction(kind, index, value, None, base.args[0][0])  # type: ignore[index]
+    rows = base.meta["val"].shape[0]
+    return Reduction(kind, index, value, base, rows if isinstance(rows, int) else None)
 
 
 def _is_index(node: fx.Node) -> bool:
