@@ -40,6 +40,7 @@ POINTWISE = {
     prims.convert_element_type.default: "float", aten._to_copy.default: "float",
 }  # fmt: skip
 SHAPES = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
+SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 
 Axes = tuple[str, ...]
@@ -134,7 +135,7 @@ class Builder:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             result = self.value(source, self._before(node, source, axes))
-        elif node.target is aten.clone.default:
+        elif node.target in SAME:
             result = self.value(node.args[0], axes)  # type: ignore[arg-type]
         else:
             op = POINTWISE[node.target]  # type: ignore[index]
@@ -272,6 +273,8 @@ def _written(
     if not isinstance(made, str):
         raise Unfit("the same number for all edges")
     level = _join(*axes)
+    if heads > 1 and "h" not in level:
+        raise Unfit("rows without heads in a region with heads")
     output = Output(kind, made, level.replace("c", "") if kind == "dot" else level, str(end.meta["val"].dtype)[6:])
     program = Program(tuple(builder.operands), tuple(builder.steps), (output,))
     return Region(end, by, heads, columns, program, builder.indices, builder.nodes_read, builder.inside, builder.masks)
@@ -279,7 +282,7 @@ def _written(
 
 def is_computable(node: fx.Node) -> bool:
     """Whether a program can do what a node does to its arguments."""
-    if node.target in SHAPES or node.target in (aten.expand.default, aten.clone.default):
+    if node.target in SHAPES or node.target is aten.expand.default or node.target in SAME:
         return isinstance(node.args[0], fx.Node)
     if node.target not in POINTWISE or not is_tensor(node):
         return False
