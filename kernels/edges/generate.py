@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from .program import OPS, REDUCTIONS, Output, Program, parse
 
-TYPES = {"float32": "float", "float64": "double", "bfloat16": "bf16", "bool": "uint8_t"}
+TYPES = {"float32": "float", "float64": "double", "bfloat16": "bf16", "bool": "uint8_t", "bits": "uint8_t"}
 
 HEAD = r"""
 #include <cmath>
@@ -55,6 +55,22 @@ static inline float tanh_(float x) {
   return a < 0.3f ? near : (x < 0.f ? -far : far);
 }
 static inline double tanh_(double x) { return std::tanh(x); }
+// Rows of bits, the first in the lowest place, from and to rows of bytes that are 0 or 1; eight bytes more are written.
+static inline void unpack(const uint8_t* bits, int64_t size, uint8_t* row) {
+  for (int64_t f = 0; f < size; f += 8) {
+    uint64_t x = (bits[f >> 3] * 0x0101010101010101ull) & 0x8040201008040201ull;
+    x = ((x + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull;
+    memcpy(row + f, &x, 8);
+  }
+}
+static inline void pack(uint8_t* row, int64_t size, uint8_t* bits) {
+  memset(row + size, 0, 8);
+  for (int64_t f = 0; f < size; f += 8) {
+    uint64_t x;
+    memcpy(&x, row + f, 8);
+    bits[f >> 3] = (uint8_t)((x * 0x0102040810204080ull) >> 56);
+  }
+}
 template <class V> static inline V larger(V a, V b) { return a > b || a != a ? a : b; }
 template <class V> static inline V smaller(V a, V b) { return a < b || a != a ? a : b; }
 """
@@ -77,6 +93,8 @@ class _Source:
         self.levels = {part.level for part in (*program.operands, *program.steps, *program.outputs)}
         self.has_heads = any("h" in level for level in self.levels)
         self.folded = [i for i, o in enumerate(program.outputs) if o.kind in REDUCTIONS]
+        self.bits_in = [i for i, o in enumerate(program.operands) if o.dtype == "bits"]
+        self.bits_out = [i for i, o in enumerate(program.outputs) if o.dtype == "bits"]
         self.apart = [i for i in self.folded if not self._in_place(i)]  # summed up in a row of their own, then stored
 
     def _in_place(self, output: int) -> bool:
@@ -94,6 +112,8 @@ class _Source:
             "#pragma omp parallel num_threads(threads)",
             "{",
             *(f"std::vector<T> row{i}({_width(program.outputs[i].level)});" for i in self.apart),
+            *(f"std::vector<uint8_t> in_bits{i}({_width(program.operands[i].level)} + 8);" for i in self.bits_in),
+            *(f"std::vector<uint8_t> out_bits{i}({_width(program.outputs[i].level)} + 8);" for i in self.bits_out),
             "#pragma omp for schedule(dynamic, 1)",
             "for (int64_t chunk = 0; chunk < chunks; chunk++) {",
             "int64_t ends[2];",
@@ -153,14 +173,21 @@ class _Source:
                 ahead = f"(const char*)(o{i} + next{operand.index} * {width})"
                 step = f"f < {width} * (int64_t)sizeof(*o{i})"
                 lines.append(f"for (int64_t f = 0; {step}; f += 64) __builtin_prefetch({ahead} + f);")
+            elif operand.dtype == "bits":
+                lines.append(f"unpack(o{i} + e * (({width} + 7) / 8), {width}, in_bits{i}.data());")
+                lines.append(f"const uint8_t* const __restrict p{i} = in_bits{i}.data();")
             elif operand.where == "edge":
                 lines.append(f"const auto* const __restrict p{i} = o{i} + e * {width};")
+        lines += [f"uint8_t* const __restrict b{i} = out_bits{i}.data();" for i in self.bits_out]
         lines += self._steps("")
         for i, output in enumerate(program.outputs):
             if _nest(output) == "" and output.kind != "dot":
                 lines.append(self._write(i, output))
         if self.levels != {""} or any(o.kind == "dot" for o in program.outputs):
             lines += [f"for (int64_t h = 0; h < {'H' if self.has_heads else '1'}; h++) {{", *self._head(), "}"]
+        for i in self.bits_out:
+            width = _width(program.outputs[i].level)
+            lines.append(f"pack(b{i}, {width}, r{i} + e * (({width} + 7) / 8));")
         return lines
 
     def _head(self) -> list[str]:
@@ -185,6 +212,8 @@ class _Source:
 
     def _write(self, i: int, output: Output) -> str:
         level, kind, value = output.level, output.kind, self._value(output.value)
+        if output.dtype == "bits":
+            return f"b{i}[0{_at(level)}] = {value};"
         if kind == "edge":
             return f"store(r{i}, e * {_width(level)}{_at(level)}, {value});"
         place = f"a{i}[0{_at(level)}]"

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._cpp import I32, I64, P, compile_source
 from .generate import generate
 from .group import MOST, Grouping, group, grouping, has_compiler, row_of
-from .program import REDUCTIONS, Operand, Output, Program, Step, parse, run_reference, width
+from .program import REDUCTIONS, Operand, Output, Program, Step, dtype_of, parse, row_size, run_reference, width
 
 RUN = {"run": (P, P, P, P, P, I64, I64, I64, I32)}
 ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
@@ -58,8 +58,8 @@ def _(program, by, by_row, nodes, heads, columns, indices, rows, operands, group
     return [
         by.new_empty(
             nodes if output.kind in REDUCTIONS else by.shape[-1],
-            width(output.level, heads, columns),
-            dtype=getattr(torch, output.dtype),
+            row_size(output, heads, columns),
+            dtype=dtype_of(output),
         )
         for output in parse(program).outputs
     ]
@@ -160,8 +160,8 @@ def _run(
     results = [
         torch.empty(
             nodes if output.kind in REDUCTIONS else count,
-            width(output.level, heads, columns),
-            dtype=getattr(torch, output.dtype),
+            row_size(output, heads, columns),
+            dtype=dtype_of(output),
         )
         for output in program.outputs
     ]

@@ -28,6 +28,7 @@ class Operand:
 
     where: "take", the row of the node that index `index` names; "edge", the row of the edge; "all", the only row. An
         index of -1 is the one that edges are grouped by.
+    dtype: a name of torch's; or "bits", for rows of edges as uint8, eight elements in each, the first in the lowest.
     """
 
     where: str
@@ -51,6 +52,7 @@ class Output:
 
     kind: one of `REDUCTIONS`, over a node's edges; "edge", written down for each edge; "dot", its sum over columns,
         written down for each edge.
+    dtype: as of an operand; "bits" for comparisons that are written down.
     """
 
     kind: str
@@ -89,6 +91,17 @@ def parse(text: str) -> Program:
 def width(level: str, heads: int, columns: int) -> int:
     """The number of elements in a row."""
     return (heads if "h" in level else 1) * (columns if "c" in level else 1)
+
+
+def row_size(part: Operand | Output, heads: int, columns: int) -> int:
+    """The number of elements of its tensor in which a row is kept."""
+    size = width(part.level, heads, columns)
+    return -(-size // 8) if part.dtype == "bits" else size
+
+
+def dtype_of(part: Operand | Output) -> torch.dtype:
+    """The dtype of its tensor."""
+    return torch.uint8 if part.dtype == "bits" else getattr(torch, part.dtype)  # type: ignore[no-any-return]
 
 
 OPS = {  # name -> C++, with T the type that is computed in; and the same in torch
@@ -155,6 +168,8 @@ def run_reference(
     edges = by.shape[0]
     values: dict[str, Tensor] = {}
     for i, (operand, tensor) in enumerate(zip(program.operands, operands, strict=True)):
+        if operand.dtype == "bits":
+            tensor = _unpacked(tensor, width(operand.level, heads, columns))
         count = 1 if operand.where == "all" else tensor.shape[0]
         rows = tensor.reshape(count, *shape(operand.level, heads, columns))
         if operand.where == "take":
@@ -170,7 +185,7 @@ def run_reference(
         values[f"v{i}"] = OPS[step.op][1](*arguments)  # type: ignore[operator]
     results = []
     for output in program.outputs:
-        value, dtype = values[output.value], getattr(torch, output.dtype)
+        value = values[output.value]
         level = output.level + "c" if output.kind == "dot" else output.level
         value = value.expand(edges, *shape(level, heads, columns))
         if output.kind == "dot":
@@ -183,5 +198,20 @@ def run_reference(
             else:
                 index = by.long().view(-1, 1, 1).expand_as(value)
                 value = start.scatter_reduce(0, index, value, f"a{output.kind}", include_self=False)
-        results.append(value.reshape(value.shape[0], width(output.level, heads, columns)).to(dtype))
+        value = value.reshape(value.shape[0], width(output.level, heads, columns))
+        results.append(_packed(value) if output.dtype == "bits" else value.to(dtype_of(output)))
     return results
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Rows of bools as bytes, eight in each."""
+    rows = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).view(
+        mask.shape[0], -(-mask.shape[1] // 8), 8
+    )
+    return (rows << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(2, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, size: int) -> Tensor:
+    """The inverse of `_packed`, for rows of `size` bools."""
+    bits = packed.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(1)[:, :size].bool()

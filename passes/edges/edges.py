@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -64,6 +65,7 @@ class _Fusing:
         self.known: dict[fx.Node, bool] = {}
         self.grouped: dict[tuple[Index, str], tuple[fx.Node, fx.Node]] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.matrices: dict[fx.Node, fx.Node] = {}  # for regions that end with no sum by node: rows of those nodes
         self.fused: list[Fused] = []
 
     def run(self) -> list[Fused]:
@@ -85,6 +87,7 @@ class _Fusing:
                 found[mask] = self._apart(mask, mask, "edge", exact=lambda _: False)
             except Unfit as reason:  # it stays as it is, and `masks` has it made in forward
                 self.fused.append(Fused(mask.name, (), _nbytes(mask), str(reason)))
+        self._pack(masks & found.keys(), found)
         bodies = {node: _body(made) for node, made in found.items() if isinstance(made, Region)}
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         for node in sorted(found, key=order.__getitem__):
@@ -132,7 +135,29 @@ class _Fusing:
         """A region that does not end with a sum by node: it goes by what most of its rows are taken by."""
         takes = sorted(self._takes(value, set()), key=lambda t: -_width(t.matrix))
         by, nodes = takes[0].index, takes[0].matrix.meta["val"].shape[0]
+        self.matrices[node] = takes[0].matrix
         return region(node, value, kind, by, nodes, self.taken, exact or self._exact(node))
+
+    def _pack(self, masks: Collection[fx.Node], found: dict[fx.Node, Any]) -> None:
+        """Has masks that nothing but regions reads written and read as bits."""
+        regions = [made for made in found.values() if isinstance(made, Region)]
+        read = {node for made in regions for node in made.operands}
+        for made in found.values():
+            read |= {made[0].matrix, made[1]} if not isinstance(made, Region) else set()
+        read |= {reduction.base for end in found if (reduction := reduction_of(end)) is not None}
+        gone: set[fx.Node] = set(found)  # what nobody computes any more
+        for node in reversed(self.graph.nodes):
+            if node.users and node not in read and all(user in gone for user in node.users):
+                gone.add(node)
+        packed = {mask for mask in masks if all(user in gone for user in mask.users)}
+        for made in regions:
+            program = made.program
+            operands = tuple(
+                replace(o, dtype="bits") if node in packed else o
+                for o, node in zip(program.operands, made.operands, strict=True)
+            )
+            outputs = tuple(replace(o, dtype="bits") if made.end in packed else o for o in program.outputs)
+            made.program = replace(program, operands=operands, outputs=outputs)
 
     def taken(self, node: fx.Node) -> bool:
         """Whether a node is made of taken rows by what a program can do."""
@@ -218,7 +243,7 @@ class _Fusing:
         kind = made.program.outputs[0].kind
         reduction = reduction_of(end)
         with graph.inserting_before(end):
-            nodes = self._nodes(reduction) if reduction is not None else self._rows(made)
+            nodes = self._nodes(reduction) if reduction is not None else self._rows(end)
             result = call(
                 graph, ops.edges.default, made.program.dump(), made.by.tensor, made.by.row, nodes, made.heads,
                 made.columns, [i.tensor for i in made.indices], [i.row for i in made.indices],
@@ -227,6 +252,8 @@ class _Fusing:
             result.meta[BODY] = body
             inherit_origin(part := call(graph, operator.getitem, result, 0), end)
             value = end.meta["val"]
+            if made.program.outputs[0].dtype == "bits":
+                return part
             if kind == "sum" and reduction is None:  # over all edges: over those of each node, then over nodes
                 part = call(graph, aten.sum.dim_IntList, part, [0], like=end)
                 return call(graph, aten.view.default, part, list(value.shape), like=end)
@@ -249,15 +276,11 @@ class _Fusing:
         with self.graph.inserting_before(node):
             return call(self.graph, aten.add.Tensor, self._now(reduction.base), result, like=node)
 
-    def _rows(self, made: Region) -> object:
+    def _rows(self, end: fx.Node) -> object:
         """The number of nodes that edges are grouped by, where no sum says it: of the rows that are taken by it."""
-        matrix = next(
-            node
-            for node, operand in zip(made.operands, made.program.operands, strict=True)
-            if operand.where == "take" and operand.index == -1
-        )
+        matrix = self._now(self.matrices[end])
         size = matrix.meta["val"].shape[0]
-        return size if isinstance(size, int) else call(self.graph, aten.sym_size.int, self._now(matrix), 0, like=matrix)
+        return size if isinstance(size, int) else call(self.graph, aten.sym_size.int, matrix, 0, like=matrix)
 
     def _grouped(self, index: Index, nodes: object, before: fx.Node) -> list[fx.Node]:
         """The grouping of edges the graph makes, once for all layers; none for inputs, where it is remembered."""

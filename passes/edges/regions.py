@@ -277,6 +277,8 @@ def _written(
     if not isinstance(made, str):
         raise Unfit("the same number for all edges")
     level = _join(*axes)
+    if heads > 1 and "h" not in level:
+        raise Unfit("rows without heads in a region with heads")
     output = Output(kind, made, level.replace("c", "") if kind == "dot" else level, str(end.meta["val"].dtype)[6:])
     program = Program(tuple(builder.operands), tuple(builder.steps), (output,))
     return Region(end, by, heads, columns, program, builder.indices, builder.nodes_read, builder.inside, builder.masks)
@@ -284,7 +286,7 @@ def _written(
 
 def is_computable(node: fx.Node) -> bool:
     """Whether a program can do what a node does to its arguments."""
-    if node.target in SHAPES or node.target in (aten.expand.default, *SAME):
+    if node.target in SHAPES or node.target is aten.expand.default or node.target in SAME:
         return isinstance(node.args[0], fx.Node)
     if node.target not in POINTWISE or not is_tensor(node):
         return False
