@@ -13,7 +13,7 @@ from torch import Tensor
 from .._cpp import I32, I64, P, compile_source
 from .generate import generate
 from .group import MOST, Grouping, group, grouping, has_compiler, row_of
-from .program import REDUCTIONS, Operand, Output, Program, Step, dtype_of, parse, row_size, run_reference, width
+from .program import REDUCTIONS, Operand, Output, Program, Step, dtype_of, parse, row_size, run_reference
 
 RUN = {"run": (P, P, P, P, P, I64, I64, I64, I32)}
 ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
@@ -116,6 +116,7 @@ def group_edges(by: Tensor, by_row: int, nodes: int) -> tuple[Tensor, Tensor]:
     if index.device.type == "cpu" and has_compiler():
         sort = group(index, -1, nodes)
         return sort.pointer, torch.arange(index.shape[0], dtype=torch.int32) if sort.order is None else sort.order
+    index = torch.where(index < 0, index + nodes, index)
     order = torch.argsort(index, stable=True)
     edge = torch.arange(nodes + 1, dtype=index.dtype, device=index.device)
     return torch.searchsorted(index[order], edge, out_int32=True), order.int()

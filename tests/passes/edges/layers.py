@@ -97,7 +97,10 @@ def distances(x, edge_index, _):
 
 IN = FEATURES
 LAYERS = {  # name -> layer; what it takes beside x and edges: "", "weight" (edges), or "attr" (edges, EDGE)
-    **{f"SAGE {aggr}": (lambda aggr=aggr: pyg.SAGEConv(IN, WIDTH, aggr=aggr), "") for aggr in ("mean", "max", "min", "sum")},
+    **{
+        f"SAGE {aggr}": (lambda aggr=aggr: pyg.SAGEConv(IN, WIDTH, aggr=aggr), "")
+        for aggr in ("mean", "max", "min", "sum")
+    },
     "GCN": (lambda: pyg.GCNConv(IN, WIDTH), ""),
     "GCN without self-loops": (lambda: pyg.GCNConv(IN, WIDTH, add_self_loops=False), ""),
     "GCN weighted": (lambda: pyg.GCNConv(IN, WIDTH, add_self_loops=False), "weight"),
@@ -125,7 +128,9 @@ LAYERS = {  # name -> layer; what it takes beside x and edges: "", "weight" (edg
     "ResGated": (lambda: pyg.ResGatedGraphConv(IN, WIDTH, edge_dim=EDGE), "attr"),
     "General": (lambda: pyg.GeneralConv(IN, WIDTH, in_edge_channels=EDGE, attention=True, heads=2), "attr"),
     "PNA": (
-        lambda: pyg.PNAConv(IN, WIDTH, ["mean", "max", "std"], ["identity", "amplification"], torch.tensor([1, 3, 5, 2])),
+        lambda: pyg.PNAConv(
+            IN, WIDTH, ["mean", "max", "std"], ["identity", "amplification"], torch.tensor([1, 3, 5, 2])
+        ),
         "",
     ),
     "NNConv": (lambda: pyg.NNConv(IN, WIDTH, nn.Linear(EDGE, IN * WIDTH)), "attr"),
@@ -149,14 +154,19 @@ LAYERS = {  # name -> layer; what it takes beside x and edges: "", "weight" (edg
     "own softmax": (lambda: Own(lambda i, j, e: torch.softmax(i + e, -1) * j, aggr="sum"), "attr"),
     "own reversed": (lambda: Own(lambda i, j, e: i.abs() * j + e.exp(), aggr="sum", flow="target_to_source"), "attr"),
     "own views": (
-        lambda: Own(lambda i, j, e: (i.view(-1, 2, 4) * j.view(-1, 2, 4).sum(-1, keepdim=True)).view(-1, 8) + e, aggr="sum"),
+        lambda: Own(
+            lambda i, j, e: (i.view(-1, 2, 4) * j.view(-1, 2, 4).sum(-1, keepdim=True)).view(-1, 8) + e, aggr="sum"
+        ),
         "attr",
     ),
     "own across": (lambda: Own(lambda i, j, e: (F.relu((i + j).view(-1)) * 2).view(-1, 8), aggr="sum"), "attr"),
     "by hand": (lambda: Plain(attention_by_hand), "attr"),
     "index_add": (lambda: Plain(index_add), "attr"),
     "segment": (lambda: Plain(segments), "attr"),
-    **{f"scatter {name}": (lambda name=name: Plain(scatter_of(name)), "attr") for name in ("sum", "mean", "max", "min", "mul")},
+    **{
+        f"scatter {name}": (lambda name=name: Plain(scatter_of(name)), "attr")
+        for name in ("sum", "mean", "max", "min", "mul")
+    },
     "edge scores": (lambda: Plain(edge_scores), "attr"),
     "distances": (lambda: Plain(distances), "attr"),
     "two SAGE": (lambda: Deep(pyg.SAGEConv(IN, WIDTH), pyg.SAGEConv(WIDTH, WIDTH)), ""),

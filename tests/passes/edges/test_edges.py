@@ -7,16 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch_geometric import nn as pyg
 
 import actcompile.backend  # noqa: F401  the module; `actcompile.backend` is the function
 from actcompile.kernels.edges import group as grouping
 from actcompile.kernels.edges import ops as edges_ops
 from actcompile.kernels.edges.program import COMPARING, parse
-from actcompile.passes.edges.edges import edges
 from tests.helpers import EXACT, step, uncompressed
-from tests.passes.edges.layers import EDGE, FEATURES, GRAPHS, IN, LAYERS, WIDTH, Deep, Own, Pooled, build, graph, mlp
+from tests.passes.edges.layers import GRAPHS, IN, LAYERS, WIDTH, Pooled, build, graph
 
 ops = torch.ops.actcompile
 PIPELINE = sys.modules["actcompile.backend"]
@@ -54,7 +52,9 @@ def assert_same(ours, expected, within=1e-10):
             assert not any(t.any() for t in (a, b) if t is not None), f"number {i}"
             continue
         assert torch.equal(a.isfinite(), b.isfinite()), f"number {i}"
-        assert (a - b).norm() <= within * b.norm().clamp_min(1e-3), f"number {i}: {(a - b).abs().max()} of {b.abs().max()}"
+        assert (a - b).norm() <= within * b.norm().clamp_min(1e-3), (
+            f"number {i}: {(a - b).abs().max()} of {b.abs().max()}"
+        )
 
 
 def check(model, inputs, *, within=1e-10, reference=None, **options):
@@ -338,4 +338,8 @@ def test_edge_index_of_pyg():
 
     model, _ = build("SAGE max")
     x, edge_index = graph("sorted")
-    check(model, (x, EdgeIndex(edge_index, sparse_size=(23, 23), sort_order="col")), reference=lambda x, e: model(x, edge_index))
+    check(
+        model,
+        (x, EdgeIndex(edge_index, sparse_size=(23, 23), sort_order="col")),
+        reference=lambda x, e: model(x, edge_index),
+    )
