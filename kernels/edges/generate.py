@@ -32,6 +32,11 @@ static inline void store(bf16* p, int64_t i, float x) {
   uint32_t u = __builtin_bit_cast(uint32_t, x);
   p[i].bits = x != x ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
+static inline float rounded(float x) {
+  bf16 r;
+  store(&r, 0, x);
+  return load(&r, 0);
+}
 // e^x to the last bit or two, without branches, so that loops of it are vectorised (after Cephes).
 static inline float exp_(float x) {
   float c = x < -104.f ? -104.f : (x > 89.f ? 89.f : x);

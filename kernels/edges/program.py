@@ -137,6 +137,7 @@ OPS = {  # name -> C++, with T the type that is computed in; and the same in tor
     "and": ("({0} && {1})", torch.logical_and),
     "or": ("({0} || {1})", torch.logical_or),
     "not": ("(!{0})", torch.logical_not),
+    "bfloat16": ("rounded({0})", lambda x: x.bfloat16().to(x.dtype)),
     "float": ("T({0})", lambda x: x.to(torch.promote_types(x.dtype, torch.float32))),
 }
 COMPARING = frozenset(("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not"))

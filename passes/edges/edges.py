@@ -23,7 +23,7 @@ from torch import fx
 from ..graph import _torch
 from ..graph.bodies import BODY
 from ..graph.split import call, inherit_origin, is_tensor, writes
-from .regions import Region, Unfit, is_computable, region
+from .regions import FLOATS, Region, Unfit, is_computable, region
 from .takes import Index, Reduction, Take, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
@@ -204,6 +204,8 @@ class _Fusing:
             else:
                 return None
         if take is None or value.meta["val"].dtype != take.matrix.meta["val"].dtype:
+            return None
+        if any(n.meta["val"].dtype not in FLOATS for n in (take.matrix, *((weight,) if weight is not None else ()))):
             return None
         sizes = zip(take.matrix.meta["val"].shape[1:], value.meta["val"].shape[1:], strict=False)
         dims = take.matrix.meta["val"].dim(), value.meta["val"].dim()

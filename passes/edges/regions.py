@@ -41,6 +41,7 @@ POINTWISE = {
 }  # fmt: skip
 SHAPES = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
 SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
+KEEPING = ("neg", "abs", "relu", "maximum", "minimum", "where")  # of 16-bit numbers they make others
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 
 Axes = tuple[str, ...]
@@ -145,6 +146,8 @@ class Builder:
                 raise Unfit("a number computed of numbers")
             level = _join(*(self._level(a) for a in arguments))
             self.steps.append(Step(op, arguments, level))
+            if dtype is torch.bfloat16 and op not in KEEPING:  # as torch does: a maximum is compared with its messages
+                self.steps.append(Step("bfloat16", (f"v{len(self.steps) - 1}",), level))
             result = f"v{len(self.steps) - 1}"
         self.inside.append(node)
         return result

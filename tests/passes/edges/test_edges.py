@@ -60,7 +60,7 @@ def assert_same(ours, expected, within=1e-10):
 def check(model, inputs, *, within=1e-10, reference=None, **options):
     """One step of a compiled model against one of eager's, or of `reference`."""
     wanted = [*model.parameters(), *(t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad)]
-    expected = step(reference or model, inputs, wanted)
+    expected = step(model if reference is None else reference, inputs, wanted)
     assert_same(step(compiled(model, **options), inputs, wanted), expected, within)
 
 
