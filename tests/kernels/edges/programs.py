@@ -37,7 +37,7 @@ def programs(draw, floats=("float32", "bfloat16")):
             return draw(st.sampled_from((0.5, -2.0, 1e-3, 1.0))), "", False, True
         return draw(st.sampled_from(found))
 
-    for i in range(draw(st.integers(0, 8))):
+    for _ in range(draw(st.integers(0, 8))):
         truths = any(v[2] for v in values)
         op = draw(st.sampled_from((*EXACT, *ROUNDED, *COMPARING)))
         if op in ("and", "or", "not", "where") and not truths:

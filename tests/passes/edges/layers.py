@@ -150,7 +150,7 @@ LAYERS = {  # name -> layer; what it takes beside x and edges: "", "weight" (edg
     "own gate": (lambda: Own(lambda i, j, e: torch.sigmoid(i * e) * F.silu(j), aggr="mean"), "attr"),
     "own clamp": (lambda: Own(lambda i, j, e: (i - j).clamp(-1, 1) * e.tanh(), aggr="min"), "attr"),
     "own gelu": (lambda: Own(lambda i, j, e: F.gelu(i) * F.softplus(j) + F.elu(e), aggr="sum"), "attr"),
-    "own norm": (lambda: Own(lambda i, j, e: F.normalize(i - j, dim=-1) * e, aggr="sum"), "attr"),
+    "own norm": (lambda: Own(lambda i, j, e: F.normalize(i - 2 * j, dim=-1) * e, aggr="sum"), "attr"),
     "own softmax": (lambda: Own(lambda i, j, e: torch.softmax(i + e, -1) * j, aggr="sum"), "attr"),
     "own reversed": (lambda: Own(lambda i, j, e: i.abs() * j + e.exp(), aggr="sum", flow="target_to_source"), "attr"),
     "own views": (
