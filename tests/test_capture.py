@@ -100,7 +100,7 @@ def test_a_model_between_our_graphs_does_not_see_the_setting():
 
 
 def test_another_thread_does_not_see_the_setting(monkeypatch):
-    """It traces its model before or after, not while the setting is there, which only newer versions keep per thread."""
+    """It traces its model before or after, not while the setting is there, which newer versions keep per thread."""
     x = torch.randn(20, 4, requires_grad=True)
     counter, plain = counted(Selected())
     plain(x)
