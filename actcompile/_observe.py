@@ -53,7 +53,7 @@ def observed(
         def partition(
             joint: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int, **keywords: Any
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
-            split = cut(joint, joint_inputs, num_fwd_outputs, **keywords)
+            split = cut(joint, joint_inputs, num_fwd_outputs, made, **keywords)
             chosen = decide(split, made.policy(), made)[0].choices
             watched.update({_encoded(c).name: c for c in chosen if isinstance(c.codec, Quantize)})
             split.finish()

@@ -25,6 +25,7 @@ from actcompile.passes.graph.split import Split
 from actcompile.passes.plan.plan import Plan, Policy, plan
 from actcompile.passes.spare.apart import apart
 from actcompile.passes.spare.commute import commute
+from actcompile.passes.spare.dropout import dropout, redraw
 from actcompile.passes.spare.masks import masks
 from actcompile.passes.spare.rebuild import rebuild
 from actcompile.passes.spare.replay import replay
@@ -58,7 +59,7 @@ def partition(
         only: where given, the keys of the activations that may be rounded; all others are exact.
         situation: which part of a call the graph is.
     """
-    split = cut(joint, inputs, num_fwd_outputs, situation, **options)
+    split = cut(joint, inputs, num_fwd_outputs, config, situation, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
     saved_by_torch = find(split)
     chosen, spared = decide(split, config.policy(situation.training), config)
@@ -80,10 +81,13 @@ def cut(
     joint: fx.GraphModule,
     inputs: Sequence[object],
     num_fwd_outputs: int,
+    config: Config,
     situation: Situation = Situation(),  # noqa: B008
     **options: Any,
 ) -> Split:
-    """Partitions a joint graph as torch does."""
+    """Partitions a joint graph as torch does, after what is done to it as a whole."""
+    if config.fast_dropout:
+        dropout(joint.graph, num_fwd_outputs)
     sizes(joint.graph)
     names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
     parameters = [names[i] for i in options.get("static_lifetime_input_indices") or ()]
@@ -117,6 +121,7 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
         spared += rebuild(split, wanted(), dependences(), kind)
     if config.replay:
         spared += replay(split, wanted(), config.replay)
+    spared += redraw(split, [a for a in find(split) if a.refusal is None and kind(a.node).compresses(a)])
     saved_apart = apart(split, [a for a in wanted() if kind(a.node).method is None], kind)
     spared = [s for s in spared if s.activation.node not in saved_apart]
     offer(split, [a for a in wanted() if kind(a.node).standardise])

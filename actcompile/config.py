@@ -93,6 +93,8 @@ class Config:
             from the norm's input; a layer's aggregate, where it can aggregate the gradient instead.
         replay: what a first layer makes of the model's inputs is not saved but computed again in backward, exactly, as
             long as that takes at most this share of the forward's work: one layer of three fits 0.4; 0 for never.
+        fast_dropout: on the CPU, what dropout drops is hashed from a seed, ten times as fast as drawn numbers, and made
+            anew in backward; False leaves torch's own random numbers.
         standardise: what a BatchNorm reads, or a linear layer returns, is rounded after each column was brought to mean
             0 and deviation 1, so that no column has more noise for its width than another.
         fitted: levels fitted to single activations, as `calibrate` returns them.
@@ -125,6 +127,7 @@ class Config:
     method: Rule | None = None
     rebuild: bool = True
     replay: float = 0.4
+    fast_dropout: bool = True
     standardise: bool = True
     fitted: tuple[tuple[str, str], ...] = ()
 
@@ -135,7 +138,7 @@ class Config:
         _one_of("metadata", self.metadata, tuple(METADATA))
         _one_of("inner", self.inner, ("inductor", "aot_eager"))
         _one_of("when", self.when, ("training", "always"))
-        for name in ("rebuild", "standardise"):
+        for name in ("rebuild", "fast_dropout", "standardise"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.replay, (int, float)) or isinstance(self.replay, bool) or not 0 <= self.replay <= 1:

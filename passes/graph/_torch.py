@@ -67,9 +67,11 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 
-# How Inductor compiles an op: the casts of ours, which are to fuse like any other.
+# How Inductor compiles an op: the casts and the random masks of ours, which are to fuse like any other.
+from torch._inductor.ir import Pointwise
 from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
+from torch._inductor.virtualized import ops as loop_ops
 
 # What TORCH_TRACE writes and tlparse reads.
 from torch._logging import trace_structured
@@ -121,12 +123,14 @@ __all__ = [
     "IntInfinity",
     "InvalidCxxCompiler",
     "OptimizedModule",
+    "Pointwise",
     "RestartAnalysis",
     "ShapeEnv",
     "StorageWeakRef",
     "UnsupportedFakeTensorException",
     "V",
     "aot_autograd",
+    "at_most",
     "bound_sympy",
     "bound",
     "boxed_nop",
@@ -162,6 +166,7 @@ __all__ = [
     "is_unbacked",
     "largest",
     "least_product",
+    "loop_ops",
     "lowerings",
     "make_boxed_func",
     "makes_sizes",
@@ -173,6 +178,7 @@ __all__ = [
     "pgo",
     "pytree",
     "register_lowering",
+    "same_sizes",
     "saved_descriptor",
     "select_decomp_table",
     "size_hint",
@@ -182,6 +188,7 @@ __all__ = [
     "sympy",
     "trace_artefact",
     "unify",
+    "wants_eager_randomness",
 ]
 
 
@@ -189,6 +196,16 @@ def inductor_partition(joint: Any, inputs: Any, partitioner: Any, **options: Any
     """Inductor's joint passes, then `partitioner`, as inside `compile_fx`, which sets the fake mode that they need."""
     with inductor_config.patch(custom_partitioner_fn=partitioner), V.set_fake_mode(detect_fake_mode(inputs)):
         return partition_fn(joint, inputs, **options)
+
+
+def at_most(size: Any, limit: int) -> bool:
+    """Whether a size in an Inductor lowering, a sympy expression, is known to be no larger for all sizes."""
+    return bool(V.graph.sizevars.statically_known_leq(size, limit))
+
+
+def wants_eager_randomness() -> bool:
+    """Whether Inductor is set to draw the random numbers that eager mode draws."""
+    return bool(inductor_config.fallback_random)
 
 
 def trace_artefact(name: str, encoding: str, payload: Any) -> None:
@@ -369,6 +386,11 @@ def most_ratio(sizes: Any, others: Any) -> float:
 def known_true(condition: Any) -> bool:
     """Whether a symbolic condition is true for all sizes; never guards."""
     return statically_known_true(condition)
+
+
+def same_sizes(shape: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two shapes are equal for all sizes; never guards."""
+    return len(shape) == len(other) and all(known_true(a == b) for a, b in zip(shape, other, strict=True))
 
 
 def largest(sizes: Sequence[Any]) -> Any:
