@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from actcompile.passes.codecs.codecs import EXACT, UNBIASED, Keep, Recompute
@@ -16,7 +15,7 @@ from actcompile.passes.graph.find import SavedActivation
 from actcompile.passes.graph.split import Split, is_size, is_tensor, root
 from actcompile.passes.plan.plan import Choice, Plan, is_constant
 from actcompile.passes.spare.commute import Commuted
-from actcompile.passes.spare.dropout import Redrawn
+from actcompile.passes.spare.dropout import Redrawn, is_seed
 from actcompile.passes.spare.rebuild import Rebuilt
 from actcompile.passes.spare.replay import Replayed
 from actcompile.passes.spare.views import Viewed
@@ -25,7 +24,6 @@ from ._call import Handed, Situation
 
 Spared = Commuted | Rebuilt | Redrawn | Replayed | Viewed
 """An activation that backward does without, and why."""
-draw_seed = torch.ops.actcompile.draw_seed.default
 
 
 @dataclass(frozen=True)
@@ -297,8 +295,8 @@ def _why_added(a: SavedActivation) -> str:
     """Why an activation is saved that torch alone would compute again."""
     if a.value.is_floating_point():
         return "saved beside what it is made of, so that no rounded element meets itself"
-    if a.node.target is draw_seed:
-        return "of dropout: backward makes its masks anew"
+    if is_seed(a.node):
+        return "seeds of dropout, of which backward makes its masks anew"
     return "taken in forward, so that no rounded value decides it"
 
 

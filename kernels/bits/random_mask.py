@@ -51,5 +51,3 @@ def random_mask(seed: Tensor, salt: int, size: Sequence[int], threshold: int, be
 @random_mask.register_fake
 def _(seed, salt, size, threshold, below):
     return seed.new_empty(size, dtype=torch.bool)
-
-

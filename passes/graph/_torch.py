@@ -137,7 +137,6 @@ __all__ = [
     "compile_fx",
     "compile_in_place",
     "compiling",
-    "compile_plain",
     "convert_frame",
     "decompose",
     "dispatch_in_traces",
@@ -235,20 +234,6 @@ def compile_in_place(model: torch.nn.Module, **options: Any) -> Any:
     own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
     model._compiled_call_impl = torch.compile(own, **options)  # type: ignore[assignment]
     return model._compiled_call_impl
-
-
-def compile_plain(gm: torch.fx.GraphModule, inputs: list[Any], inner: str) -> Any:
-    """A graph compiled without us: by Inductor, or run op by op with the same decompositions and torch's own cut."""
-    if inner == "inductor":
-        return compile_fx(gm, inputs)
-    compiler = aot_autograd(
-        fw_compiler=boxed_nop,
-        bw_compiler=boxed_nop,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
-        keep_inference_input_mutations=True,
-    )
-    return compiler(gm, inputs)
 
 
 def compiling() -> bool:

@@ -50,18 +50,19 @@ class _Decision:
     below: bool
 
 
-def dropout(joint: fx.Graph, outputs: int) -> None:
+def dropout(graph_module: fx.GraphModule, outputs: int) -> None:
     """Replaces random numbers on the CPU that are only compared with constants; changes the graph in place.
 
     What only backward asks for stays, since a second backward draws other numbers; and everything does where torch's
     settings ask Inductor for the numbers that eager mode draws.
 
     Args:
-        joint: a joint graph, before it is cut.
+        graph_module: a joint graph, before it is cut.
         outputs: how many of its outputs are those of forward.
     """
     if _torch.wants_eager_randomness():
         return
+    joint = graph_module.graph
     returned = list(joint.output_node().args[0])[:outputs]  # type: ignore[arg-type]
     forward = _ancestors(n for n in returned if isinstance(n, fx.Node))
     found = [(node, made) for node in joint.nodes if node in forward and (made := _decisions(node))]
@@ -92,6 +93,11 @@ def redraw(split: Split, activations: Iterable[SavedActivation]) -> list[Redrawn
         _make_in_backward(split, activation, steps[::-1])
         made.append(Redrawn(activation))
     return made
+
+
+def is_seed(node: fx.Node) -> bool:
+    """Whether a node draws the seeds of dropout: a few bytes, of which masks can be made again."""
+    return node.target is ops.draw_seed.default
 
 
 def _make_in_backward(split: Split, activation: SavedActivation, steps: list[fx.Node]) -> None:
