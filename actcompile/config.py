@@ -229,8 +229,8 @@ def _with_rule(policy: Policy, rule: Rule) -> Policy:
 def exact() -> Config:
     """EXACT (Liu et al., ICLR 2022): a random projection to one in eight columns, one block to a row, 2 bits.
 
-    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16. Nothing is rebuilt, replayed or
-    standardised.
+    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16. Nothing is rebuilt, replayed, drawn
+    again or standardised.
     """
     return Config(
         bits=2,
@@ -242,6 +242,7 @@ def exact() -> Config:
         projection=8,
         rebuild=False,
         replay=0,
+        fast_dropout=False,
         standardise=False,
     )
 
