@@ -1,8 +1,10 @@
 """The whole pipeline, top to bottom: from a joint graph to the rewritten graphs, and to a backend."""
 
+import copy
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
@@ -12,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-import actcompile.kernels
-import actcompile.passes
+import actcompile
 from actcompile.passes.codecs import lowerings  # noqa: F401  registers the lowerings of casts
 from actcompile.passes.codecs.standardise import offer
+from actcompile.passes.edges.edges import Fused, edges
 from actcompile.passes.graph import _torch  # noqa: F401  registers the lowerings of casts
 from actcompile.passes.graph.bias import Dependence, bias
 from actcompile.passes.graph.find import SavedActivation, find, module_path
@@ -59,9 +61,15 @@ def partition(
         only: where given, the keys of the activations that may be rounded; all others are exact.
         situation: which part of a call the graph is.
     """
-    split = cut(joint, inputs, num_fwd_outputs, config, situation, **options)
+    if config.fast_dropout:
+        dropout(joint, num_fwd_outputs)
+    plain = fx.GraphModule(joint, copy.deepcopy(joint.graph)) if config.fuse else joint
+    fused = fuse(joint, num_fwd_outputs, config, options)
+    split = cut(joint, inputs, num_fwd_outputs, situation, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
-    saved_by_torch = find(split)
+    saved_by_torch = saved_fused = find(split)
+    if any(not region.reason for region in fused):
+        saved_by_torch = find(cut(plain, inputs, num_fwd_outputs, situation, **options))
     chosen, spared = decide(split, config.policy(situation.training), config)
     if only is not None:
         chosen = chosen.rounding_only(only)
@@ -71,30 +79,37 @@ def partition(
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, spared, reached, config.inner, situation)
+    report = record(split, chosen, saved_by_torch, saved_fused, spared, reached, config.inner, situation)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
+
+
+def fuse(joint: fx.GraphModule, num_fwd_outputs: int, config: Config, options: Mapping[str, Any]) -> list[Fused]:
+    """Fuses the message passing of a joint graph, in place; `options` are those of `partition`."""
+    sizes(joint.graph)
+    return edges(joint.graph, num_fwd_outputs, parameters_of(joint, options)) if config.fuse else []
 
 
 def cut(
     joint: fx.GraphModule,
     inputs: Sequence[object],
     num_fwd_outputs: int,
-    config: Config,
     situation: Situation = Situation(),  # noqa: B008
     **options: Any,
 ) -> Split:
-    """Partitions a joint graph as torch does, after what is done to it as a whole."""
-    if config.fast_dropout:
-        dropout(joint, num_fwd_outputs)
-    sizes(joint.graph)
-    names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
-    parameters = [names[i] for i in options.get("static_lifetime_input_indices") or ()]
+    """Partitions a joint graph as torch does."""
     forward, backward = _torch.min_cut_rematerialization_partition(
         joint, inputs, num_fwd_outputs=num_fwd_outputs, **options
     )
+    parameters = parameters_of(joint, options)
     return Split(forward, backward, num_fwd_outputs, parameters, situation.crossing, situation.handed_on)
+
+
+def parameters_of(joint: fx.GraphModule, options: Mapping[str, Any]) -> list[str]:
+    """The names of the inputs that live from step to step: parameters and buffers."""
+    names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
+    return [names[i] for i in options.get("static_lifetime_input_indices") or ()]
 
 
 def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spared]]:
@@ -155,9 +170,9 @@ def recording() -> Iterator[list[GraphReport]]:
 def source_hash() -> str:
     """A hash of everything that decides how a graph is rewritten; part of the compile caches' key."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for package in (actcompile.kernels, actcompile.passes, actcompile):
-        for file in sorted(f for f in Path(package.__path__[0]).rglob("*") if f.suffix in (".py", ".cpp")):
-            digest.update(file.read_bytes())
+    for folder, _, files in sorted(os.walk(actcompile.__path__[0], followlinks=True)):  # passes and kernels, too
+        for file in sorted(f for f in files if f.endswith((".py", ".cpp"))):
+            digest.update(Path(folder, file).read_bytes())
     return digest.hexdigest()
 
 

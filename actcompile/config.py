@@ -107,6 +107,7 @@ class Config:
             model computes outside its submodules.
         when: floats are rounded where the compiled module is in "training" mode, as `model.training` has it, and stay
             exact in eval mode, for forces or saliency maps; "always" rounds them in eval mode, too, to train there.
+        fuse: message passing runs as ops that hold no tensor of [edges, features]; on the CPU.
         inner: the compiler of the rewritten graphs: "inductor", or "aot_eager", which runs them as they are.
 
     Raises:
@@ -129,6 +130,7 @@ class Config:
     replay: float = 0.4
     fast_dropout: bool = True
     standardise: bool = True
+    fuse: bool = True
     fitted: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -138,7 +140,7 @@ class Config:
         _one_of("metadata", self.metadata, tuple(METADATA))
         _one_of("inner", self.inner, ("inductor", "aot_eager"))
         _one_of("when", self.when, ("training", "always"))
-        for name in ("rebuild", "fast_dropout", "standardise"):
+        for name in ("rebuild", "fast_dropout", "standardise", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.replay, (int, float)) or isinstance(self.replay, bool) or not 0 <= self.replay <= 1:

@@ -15,7 +15,7 @@ from actcompile.passes.graph.find import SavedActivation
 from actcompile.passes.graph.split import Split, is_size, is_tensor, root
 from actcompile.passes.plan.plan import Choice, Plan, is_constant
 from actcompile.passes.spare.commute import Commuted
-from actcompile.passes.spare.dropout import Redrawn, is_seed
+from actcompile.passes.spare.dropout import Redrawn, is_of_dropout, is_seed
 from actcompile.passes.spare.rebuild import Rebuilt
 from actcompile.passes.spare.replay import Replayed
 from actcompile.passes.spare.views import Viewed
@@ -227,6 +227,7 @@ def record(
     split: Split,
     plan: Plan,
     saved_before: Iterable[SavedActivation],
+    saved_fused: Iterable[SavedActivation],
     spared: Iterable[Spared],
     reached: Mapping[fx.Node, tuple[int, ...]],
     inner: str,
@@ -236,13 +237,15 @@ def record(
 
     Args:
         saved_before: what torch's own partition saved, before any pass of ours.
+        saved_fused: what it saved after message passing was fused; the same where none was.
         spared: what is not saved any more, since backward does without it.
         reached: what `reach` returned before the rewrite.
         situation: which part of a call the graph is.
     """
-    counted = {split.crossing.get(position) for position in situation.counted}
-    saved_before = [replace(a, nbytes=0) if root(a.node) in counted else a for a in saved_before]
-    by_torch = {root(a.node) for a in saved_before}
+    counted = {node.name for position in situation.counted if (node := split.crossing.get(position))}
+    saved_before = [replace(a, nbytes=0) if root(a.node).name in counted else a for a in saved_before]
+    by_torch = {root(a.node).name for a in saved_before}
+    known = {a.node.name for a in saved_fused}
     saved = {root(n) for n, _ in split.pairs}
     without = {s.activation.node.name: s for s in spared}
     before = {a.node.name: a for a in saved_before}
@@ -251,11 +254,11 @@ def record(
     for choice in plan.choices:
         a = choice.activation
         was = before.pop(a.node.name, None)
-        added = "" if was or a.refusal or a.node.name in pieces else _why_added(a)
-        if root(a.node) in counted and choice.nbytes:
+        added = "" if was or a.refusal or a.node.name in pieces else _why_added(a, a.node.name in known)
+        if root(a.node).name in counted and choice.nbytes:
             added = "an earlier graph saves it, too"
         rows.append(_row(choice, was, added, reached.get(a.placeholder, ())))
-    rows += [_dropped(a, without.get(a.node.name)) for a in before.values()]
+    rows += [_dropped(a, without.get(a.node.name), a.node.name in known) for a in before.values()]
     symbols = split.symbols(saved_before)
     return GraphReport(
         rows=tuple(sorted(rows, key=lambda r: -r.bytes_before)),
@@ -265,8 +268,8 @@ def record(
         backward_nodes=_nodes(split.backward.graph, _ours),
         inner=inner,
         training=situation.training,
-        taken=tuple((position, n in saved) for position, n in split.crossing.items() if n in by_torch),
-        given=tuple((position, n in saved) for position, n in split.given.items() if n in by_torch),
+        taken=tuple((position, n in saved) for position, n in split.crossing.items() if n.name in by_torch),
+        given=tuple((position, n in saved) for position, n in split.given.items() if n.name in by_torch),
         sizes={name: _torch.size_hint(size) for name, size in symbols.items()},
         bounds=tuple(name for name, size in symbols.items() if _torch.is_unbacked(size)),
         handed_on=tuple(str(_torch.expression(n.meta["val"])) for n, _ in split.pairs if is_size(n)),
@@ -291,8 +294,10 @@ def _row(choice: Choice, before: SavedActivation | None, added: str, reaches: tu
     )
 
 
-def _why_added(a: SavedActivation) -> str:
+def _why_added(a: SavedActivation, fused: bool) -> str:
     """Why an activation is saved that torch alone would compute again."""
+    if fused:
+        return "read by fused message passing"
     if a.value.is_floating_point():
         return "saved beside what it is made of, so that no rounded element meets itself"
     if is_seed(a.node):
@@ -300,7 +305,7 @@ def _why_added(a: SavedActivation) -> str:
     return "taken in forward, so that no rounded value decides it"
 
 
-def _dropped(a: SavedActivation, spared: Spared | None) -> Row:
+def _dropped(a: SavedActivation, spared: Spared | None, known: bool) -> Row:
     if a.refusal is not None:
         codec, reason = str(Keep()), a.refusal
     elif spared is not None:
@@ -308,6 +313,11 @@ def _dropped(a: SavedActivation, spared: Spared | None) -> Row:
         reason = spared.reason
     elif is_constant(a.node):
         codec, reason = "drop", "a constant: backward does without it"
+    elif not known:
+        codec, reason = (
+            "fused",
+            "message passing is fused: backward computes it again by edge, or reads other values",
+        )
     else:
         codec, reason = "drop", "backward asked only for a mask, which is saved instead"
     return Row(
@@ -355,7 +365,8 @@ def _facts(a: SavedActivation) -> dict[str, Any]:
 
 
 def _ours(node: fx.Node) -> bool:
-    return str(node.target).startswith("actcompile.")
+    """Whether a node is of our making, and does not stand for the model's own dropout."""
+    return str(node.target).startswith("actcompile.") and not is_of_dropout(node)
 
 
 def _nodes(graph: fx.Graph, inserted: Callable[[fx.Node], bool]) -> tuple[GraphNode, ...]:

@@ -11,9 +11,11 @@ from .bits.random_mask import random_mask
 from .blocks.format import BlockFormat, bit_words
 from .blocks.quantize import dequantize, quantize
 from .blocks.random_bits import draw_seed
+from .edges.ops import aggregate, edges, group_edges
 from .edges.spmm import pointer_to, rows_of, spmm, spmm_extremum, spmm_transposed
 
 __all__ = [
+    "aggregate",
     "BlockFormat",
     "bit_words",
     "cast_fp8",
@@ -21,7 +23,9 @@ __all__ = [
     "cuda",
     "dequantize",
     "draw_seed",
+    "edges",
     "fp8_nbytes",
+    "group_edges",
     "low_rank",
     "low_rank_nbytes",
     "narrow",

@@ -6,32 +6,27 @@ compiler, the references stand in.
 
 import ctypes
 import itertools
-import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ._torch import load_cpp
+from ._cpp import I32, I64, P, library
 from .bits.lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
 from .blocks.format import BlockFormat, bit_words
 from .blocks.levels import decode_map, encode_map
 from .blocks.quantize import columns, dequantize, dequantize_in_runs, empty_encoding, quantize, quantize_in_runs
 
-log = logging.getLogger(__name__)
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
 
 
-P, I32, I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-ARGUMENTS = {
+QUANTIZE = {
     "quantize": (P, P, I32, I64, P, P, I64, P, P, P, P, I32),
     "dequantize": (P, P, P, P, I64, P, P, I64, P, I32, I32),
-    "pack_bits": (P, I64, I64, P, I32),
-    "unpack_bits": (P, I64, I64, P, I32),
 }
+BITS = {"pack_bits": (P, I64, I64, P, I32), "unpack_bits": (P, I64, I64, P, I32)}
 MOST_TERMS = 16
 SPECIALISE = True
 
@@ -44,29 +39,6 @@ class Format(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("limit", "encode_slope", "decode_slope")),
         *((name, ctypes.c_float * (3 * MOST_TERMS)) for name in ("encode", "decode")),
     ]
-
-
-@lru_cache
-def _load(file: str, functions: tuple[str, ...], **constants: int) -> ctypes.CDLL | None:
-    source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    try:
-        library = load_cpp(source + (Path(__file__).parent / file).read_text())
-    except (RuntimeError, OSError) as error:
-        _warn(str(error).strip().splitlines()[0])
-        return None
-    for name in functions:
-        function = getattr(library, name)
-        function.argtypes, function.restype = ARGUMENTS[name], None
-    return library
-
-
-@lru_cache
-def _warn(reason: str) -> None:
-    log.warning(
-        "No C++ kernels (%s): activations on the CPU are encoded by plain torch ops, many times slower. Install g++ or "
-        "clang, or set CXX to one.",
-        reason,
-    )
 
 
 @lru_cache
@@ -83,13 +55,12 @@ def compiled(fmt: BlockFormat) -> tuple[ctypes.CDLL | None, Format]:
     terms = ((ctypes.c_float * (3 * MOST_TERMS))(*itertools.chain(*terms)) for terms in (encode, decode))
     constants = {"BITS": fmt.bits, "ENCODE_TERMS": len(encode), "DECODE_TERMS": len(decode)}
     constants |= dict(zip(("BLOCK", "WORDS", "GROUP", "BLOCKS"), sizes if SPECIALISE else (0, 0, 0, 0), strict=False))
-    library = _load("blocks/quantize.cpp", ("quantize", "dequantize"), **constants)
-    return library, Format(*numbers, *terms)
+    return library("blocks/quantize.cpp", QUANTIZE, **constants), Format(*numbers, *terms)
 
 
 def bits_library() -> ctypes.CDLL | None:
     """`pack_bits` and `unpack_bits`; None where they can't be compiled."""
-    return _load("bits/bits.cpp", ("pack_bits", "unpack_bits"))
+    return library("bits/bits.cpp", BITS)
 
 
 def _threads(numel: int) -> int:
@@ -110,12 +81,12 @@ def _(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     fmt = BlockFormat(bits, block, levels, metadata, words)
-    library, native = compiled(fmt)
-    if library is None or x.dtype not in KINDS:
+    kernels, native = compiled(fmt)
+    if kernels is None or x.dtype not in KINDS:
         return quantize_in_runs(x, seed, salt, fmt, shift, scale)
     encoded = empty_encoding(x, fmt)
     dense, by_column = x.contiguous(), _by_column(shift, scale)
-    library.quantize(
+    kernels.quantize(
         ctypes.addressof(native), dense.data_ptr(), KINDS[x.dtype], x.numel(), *map(_address, by_column),
         _width(x.shape), seed[salt].contiguous().data_ptr(), *(part.data_ptr() for part in encoded),
         _threads(x.numel()),
@@ -137,13 +108,13 @@ def _(
     scale: Tensor | None = None,
 ) -> Tensor:
     fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
-    library, native = compiled(fmt)
-    if library is None or dtype not in KINDS:
+    kernels, native = compiled(fmt)
+    if kernels is None or dtype not in KINDS:
         return dequantize_in_runs(words, low, high, size, dtype, fmt, shift, scale)
     x = torch.empty(list(size), dtype=dtype)
     parts = [part.contiguous() for part in (words, low, high)]
     by_column = _by_column(shift, scale, inverse=True)
-    library.dequantize(
+    kernels.dequantize(
         ctypes.addressof(native), *(part.data_ptr() for part in parts), x.numel(), *map(_address, by_column),
         _width(size), x.data_ptr(), KINDS[dtype], _threads(x.numel()),
     )  # fmt: skip
@@ -152,23 +123,23 @@ def _(
 
 @pack_bits.register_kernel("cpu")
 def _(mask: Tensor, words: int) -> Tensor:
-    library = bits_library()
-    if library is None:
+    kernels = bits_library()
+    if kernels is None:
         return pack_bits_in_runs(mask, words)
     packed = torch.empty(bit_words(mask.numel(), words), dtype=torch.float32)
     dense = mask.contiguous()
-    library.pack_bits(dense.data_ptr(), mask.numel(), words, packed.data_ptr(), _threads(mask.numel()))
+    kernels.pack_bits(dense.data_ptr(), mask.numel(), words, packed.data_ptr(), _threads(mask.numel()))
     return packed
 
 
 @unpack_bits.register_kernel("cpu")
 def _(packed: Tensor, size: Sequence[int]) -> Tensor:
-    library = bits_library()
-    if library is None:
+    kernels = bits_library()
+    if kernels is None:
         return unpack_bits_in_runs(packed, size)
     mask = torch.empty(list(size), dtype=torch.bool)
     dense = packed.contiguous()
-    library.unpack_bits(dense.data_ptr(), mask.numel(), packed.shape[1], mask.data_ptr(), _threads(mask.numel()))
+    kernels.unpack_bits(dense.data_ptr(), mask.numel(), packed.shape[1], mask.data_ptr(), _threads(mask.numel()))
     return mask
 
 

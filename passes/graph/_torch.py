@@ -104,6 +104,9 @@ from torch.utils._sympy.numbers import IntInfinity
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import bound_sympy
 
+# What min-cut is told about a node: to compute it again in backward rather than save it.
+from torch.utils.checkpoint import CheckpointPolicy
+
 # Tensor subclasses: made without a copy, used without asking their `__torch_function__`, and those without one.
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 disabled_torch_function = torch._C._disabled_torch_function_impl
@@ -172,6 +175,7 @@ __all__ = [
     "make_subclass",
     "min_cut_rematerialization_partition",
     "most_ratio",
+    "must_recompute",
     "number",
     "output_position",
     "pgo",
@@ -244,6 +248,11 @@ def compiling() -> bool:
 def dispatch_in_traces(*functions: Any) -> None:
     """Has Dynamo ask `__torch_function__` about these functions, as Python does."""
     get_overridable_functions().update(functions)
+
+
+def must_recompute(node: torch.fx.Node) -> None:
+    """Has min-cut compute a node again in backward."""
+    node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.MUST_RECOMPUTE, 0
 
 
 def saved_descriptor(position: int) -> Any:

@@ -35,6 +35,7 @@ import torch
 from torch import fx
 
 from . import _torch
+from .bodies import BODY, operands_of
 from .linearity import Polynomial, Term, rule_for
 from .signs import never_negative
 
@@ -170,6 +171,8 @@ class _Propagation:
         everything = self.of((node.args, node.kwargs))
         if not everything:
             return {}
+        if BODY in node.meta:
+            return [self.inside(node, node.meta[BODY])]
         if node.target is operator.getitem:
             whole, index = node.args
             parts = self.values.get(whole) if isinstance(whole, fx.Node) else None
@@ -189,6 +192,16 @@ class _Propagation:
         if len(rule.outputs) == 1:
             return self.apply(node, rule.outputs[0], bound, value)
         return [self.apply(node, out, bound, v) for out, v in zip(rule.outputs, value, strict=True)]
+
+    def inside(self, node: fx.Node, body: fx.Graph) -> Forms:
+        """The forms of what a fused region computes, op by op; its operands are the last list of its arguments."""
+        inputs = body.find_nodes(op="placeholder")
+        for inner, given in zip(inputs, operands_of(node), strict=False):
+            self.values[inner] = self.of(given)
+        for inner in body.nodes:
+            if inner.op == "call_function":
+                self.values[inner] = self.call(inner)
+        return self.of(body.output_node().args[0])
 
     def apply(self, node: fx.Node, output: Polynomial, bound: Mapping[str, Any], value: Any) -> Forms:
         """The forms of one output of a call with the arguments `bound`, by name."""

@@ -9,10 +9,12 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from actcompile.kernels.edges.program import parse
+
 from . import _torch
 from .split import Split, is_input, is_size, is_tensor, is_view, root
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.actcompile
 
 INDEX_ARGUMENT = {  # op -> (position of the index, position of the indexed tensor, position of the dimension)
     aten.gather.default: (2, 0, 1),
@@ -214,11 +216,39 @@ def _indexed_size(user: fx.Node, index: fx.Node) -> object:
         for dim, given in enumerate(cast(list[object], indices)):
             if given is index:
                 return cast(fx.Node, tensor).meta["val"].shape[dim]
-    if user.target is torch.ops.actcompile.spmm_transposed.default:  # the product has a row for each column
+    if user.target in (ops.aggregate.default, ops.edges.default, ops.group_edges.default):
+        return _indexed_by_edges(user, index)
+    if user.target is ops.spmm_transposed.default:  # the product has a row for each column
         pointer, columns = user.args[:2]
         bounds = {pointer: cast(fx.Node, columns).meta["val"].shape[0], columns: user.meta["val"].shape[0]}
         return bounds.get(index)
     return None
+
+
+def _indexed_by_edges(user: fx.Node, index: fx.Node) -> object:
+    """The number of nodes that edges name; of several, the largest. Also of an index of places of edges."""
+    args = cast(Any, user.args)
+    if user.target is ops.group_edges.default:
+        return _size(args[2])
+    found = []
+    if user.target is ops.aggregate.default:
+        matrix, _, take, _, by, _, nodes, grouped = args
+        found = [(take, matrix.meta["val"].shape[0]), (by, _size(nodes))]
+    else:
+        _, by, _, nodes, _, _, indices, _, operands, grouped = args
+        program = parse(args[0]).operands
+        found = [(by, _size(nodes))] + [
+            (indices[o.index], tensor.meta["val"].shape[0])
+            for o, tensor in zip(program, operands, strict=True)
+            if o.where == "take" and o.index >= 0
+        ]
+    edges = by.meta["val"].shape[-1]
+    sizes = [size for tensor, size in [*found, *((g, edges) for g in grouped)] if tensor is index]
+    return _torch.largest(sizes) if sizes else None
+
+
+def _size(size: Any) -> Any:
+    return size.meta["val"] if isinstance(size, fx.Node) else size
 
 
 def op_name(node: fx.Node) -> str:

@@ -138,6 +138,7 @@ _TABLE: tuple[tuple[str, str, dict[str, Container[Any]]], ...] = (
     ("prims: div", "self", {}),
     ("prims: fma", "a * b + c", {}),
     ("actcompile: spmm spmm_transposed", "value * matrix", {}),
+    ("actcompile: aggregate", "weight * matrix", {}),
     # Backward ops that only move or sum the gradient.
     ("aten: slice_backward select_backward diagonal_backward embedding_dense_backward", "grad_output", {}),
     ("aten: masked_scatter_backward", "grad_output", {}),

@@ -6,6 +6,7 @@ same products of factors, by the same indices and weights; each factor's transpo
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -81,8 +82,8 @@ class RowOp:
     """A node that maps the rows of a matrix.
 
     kind: "take", for the rows that the index `by` names; "sum", where row k is added to row `by[k]` of zeros; "mul" and
-    "div", with one number for each row or one for all; "spmm" and "spmm_transposed", with the sparse matrix of three
-    arrays. An index may be a column.
+        "div", with one number for each row or one for all; "aggregate", a take, a mul and a sum in one; "spmm" and
+        "spmm_transposed", with the sparse matrix of three arrays. An index may be a column.
     """
 
     kind: str
@@ -98,6 +99,8 @@ def row_op(node: fx.Node, names: Names) -> RowOp | None:
             return RowOp("spmm", matrix, (pointer, index, value))
         case fx.Node(target=ops.spmm_transposed.default, args=(pointer, index, value, fx.Node() as matrix, _)):
             return RowOp("spmm_transposed", matrix, (pointer, index, value))
+        case fx.Node(target=ops.aggregate.default, args=(fx.Node() as matrix, weight, take, row, by, by_row, *_)):
+            return RowOp("aggregate", matrix, (weight, (take, row), (by, by_row))) if _is_matrix(matrix) else None
         case fx.Node(target=aten.index.Tensor, args=(matrix, [index])):
             found = "take", matrix, _index(index)
         case fx.Node(target=aten.index_select.default, args=(matrix, 0, index)):
@@ -189,7 +192,17 @@ def terms(node: fx.Node, names: Names) -> list[tuple[fx.Node, tuple[tuple[str, o
         expected = 2 if node.target is aten.add.Tensor else 1
         return [(a, ()) for a in matrices] if len(matrices) == expected else []  # type: ignore[misc]
     op = row_op(node, names)
-    return [] if op is None else [(op.matrix, ((op.kind, names.of_rows(op.by)),))]
+    return [] if op is None else [(op.matrix, steps(op, names))]
+
+
+def steps(op: RowOp, names: Names) -> tuple[tuple[str, object], ...]:
+    """The factors of what an op does; those of `aggregate` are to take rows, weigh them, and add them up."""
+    if op.kind != "aggregate":
+        return ((op.kind, names.of_rows(op.by)),)
+    weight, take, by = cast(Any, op.by)
+    take, by = ((names.of(tensor), row) for tensor, row in (take, by))
+    weighed = () if weight is None else (("mul", names.of_rows(weight)),)
+    return ("take", take), *weighed, ("sum", by)
 
 
 def extend(maps: dict[fx.Node, Map], node: fx.Node, names: Names) -> None:

@@ -223,6 +223,8 @@ def _copy(split: Split, node: fx.Node, made: dict[fx.Node, fx.Node], names: Name
     matrix, by = made[op.matrix], op.by
     if op.kind.startswith("spmm"):
         return call(graph, node.target, *node.args[:3], matrix, *node.args[4:], like=node)
+    if op.kind == "aggregate":
+        return call(graph, node.target, matrix, *node.args[1:], like=node)
     if op.kind in ("take", "sum") and by.meta["val"].dim() == 2:  # type: ignore[union-attr]
         by = call(graph, aten.squeeze.dims, by, [1], like=node)
     match op.kind:

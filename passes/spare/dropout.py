@@ -97,7 +97,12 @@ def redraw(split: Split, activations: Iterable[SavedActivation]) -> list[Redrawn
 
 def is_seed(node: fx.Node) -> bool:
     """Whether a node draws the seeds of dropout: a few bytes, of which masks can be made again."""
-    return node.target is ops.draw_seed.default
+    return node.target is ops.draw_seed.default and len(node.args) > 2 and node.args[2] is False
+
+
+def is_of_dropout(node: fx.Node) -> bool:
+    """Whether a node makes a dropout's mask, or its seed."""
+    return node.target is ops.random_mask.default or is_seed(node)
 
 
 def _make_in_backward(split: Split, activation: SavedActivation, steps: list[fx.Node]) -> None:

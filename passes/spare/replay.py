@@ -10,6 +10,7 @@ are not the peak of backward; and by a share of the forward's work. Within the s
 work goes first.
 """
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -34,6 +35,7 @@ SUMS = {  # -> where what they sum is
     torch.ops.actcompile.spmm.default: 3,
     torch.ops.actcompile.spmm_transposed.default: 3,
 }
+AGGREGATE = torch.ops.actcompile.aggregate.default
 MAKERS = (
     aten.full.default,
     aten.cat.default,
@@ -144,6 +146,10 @@ def work(node: fx.Node) -> float:
         return 2 * numel_hint(node.meta["val"]) * depth / INTENSITY
     if node.target in TAKES:
         return _nbytes(node)
+    if node.target is AGGREGATE:
+        edges = _torch.size_hint(node.args[4].meta["val"].shape[-1])  # type: ignore[union-attr]
+        value = node.meta["val"]
+        return float(edges * math.prod(map(_torch.size_hint, value.shape[1:])) * value.dtype.itemsize)
     if node.target in SUMS:
         return _nbytes(cast(fx.Node, node.args[SUMS[node.target]]))
     return 0.0
@@ -170,7 +176,7 @@ def _depths(split: Split, exact: Collection[fx.Node]) -> dict[fx.Node, _Depth]:
                 break
             depth = depth.join(found[operand])
         else:
-            sums = node.target in SUMS and not _is_column(node)
+            sums = node.target in (AGGREGATE, *SUMS) and not _is_column(node)
             depth = _Depth(depth.products + (node.target in PRODUCTS), depth.sums + sums)
             if depth.products <= 1 and depth.sums <= 1:
                 found[node] = depth
@@ -186,7 +192,7 @@ def _is_repeatable(node: fx.Node) -> bool:
         return False
     if torch.Tag.nondeterministic_seeded in target.tags or _torch.makes_sizes(node):
         return False
-    return torch.Tag.pointwise in target.tags or target in (*PRODUCTS, *TAKES, *SUMS, *MAKERS)
+    return torch.Tag.pointwise in target.tags or target in (AGGREGATE, *PRODUCTS, *TAKES, *SUMS, *MAKERS)
 
 
 def _is_source(node: fx.Node) -> bool:

@@ -1,0 +1,257 @@
+"""C++ of a program over edges: nodes in parallel, each by one thread, so no atomics, and the same sums every time.
+
+Threads take chunks of nodes with about as many edges each. Rows of the edges to come are fetched ahead. Sums are taken
+in float32 for 16-bit tensors, in float64 where there is a float64 operand.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from .program import OPS, REDUCTIONS, Output, Program, parse
+
+TYPES = {"float32": "float", "float64": "double", "bfloat16": "bf16", "bool": "uint8_t", "bits": "uint8_t"}
+
+HEAD = r"""
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+#include <omp.h>
+
+struct bf16 { uint16_t bits; };
+static inline float load(const bf16* p, int64_t i) { return __builtin_bit_cast(float, (uint32_t)p[i].bits << 16); }
+static inline float load(const float* p, int64_t i) { return p[i]; }
+static inline double load(const double* p, int64_t i) { return p[i]; }
+static inline bool load(const uint8_t* p, int64_t i) { return p[i] != 0; }
+template <class V> static inline void store(V* p, int64_t i, V x) { p[i] = x; }
+static inline void store(float* p, int64_t i, double x) { p[i] = (float)x; }
+static inline void store(uint8_t* p, int64_t i, bool x) { p[i] = x; }
+static inline void store(bf16* p, int64_t i, float x) {
+  uint32_t u = __builtin_bit_cast(uint32_t, x);
+  p[i].bits = x != x ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+// e^x to the last bit or two, without branches, so that loops of it are vectorised (after Cephes).
+static inline float exp_(float x) {
+  float c = x < -104.f ? -104.f : (x > 89.f ? 89.f : x);
+  float n = (c * 1.44269504f + 12582912.f) - 12582912.f;
+  float r = (c - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  int32_t m = (int32_t)(n == n ? n : 0.f), half = m >> 1;  // in two steps: to infinity, and to what is not normal
+  p = p * __builtin_bit_cast(float, (half + 127) << 23) * __builtin_bit_cast(float, (m - half + 127) << 23);
+  return x == x ? p : x;
+}
+static inline double exp_(double x) { return std::exp(x); }
+static inline float tanh_(float x) {
+  float a = std::abs(x), t = exp_(-2.f * a), far = (1.f - t) / (1.f + t), s = x * x;
+  float near = x * (1.f + s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f))));
+  return a < 0.3f ? near : (x < 0.f ? -far : far);
+}
+static inline double tanh_(double x) { return std::tanh(x); }
+// Rows of bits, the first in the lowest place, from and to rows of bytes that are 0 or 1; eight bytes more are written.
+static inline void unpack(const uint8_t* bits, int64_t size, uint8_t* row) {
+  for (int64_t f = 0; f < size; f += 8) {
+    uint64_t x = (bits[f >> 3] * 0x0101010101010101ull) & 0x8040201008040201ull;
+    x = ((x + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull;
+    memcpy(row + f, &x, 8);
+  }
+}
+static inline void pack(uint8_t* row, int64_t size, uint8_t* bits) {
+  memset(row + size, 0, 8);
+  for (int64_t f = 0; f < size; f += 8) {
+    uint64_t x;
+    memcpy(&x, row + f, 8);
+    bits[f >> 3] = (uint8_t)((x * 0x0102040810204080ull) >> 56);
+  }
+}
+template <class V> static inline V larger(V a, V b) { return a > b || a != a ? a : b; }
+template <class V> static inline V smaller(V a, V b) { return a < b || a != a ? a : b; }
+"""
+
+START = {"sum": "T(0)", "max": "-std::numeric_limits<T>::infinity()", "min": "std::numeric_limits<T>::infinity()"}
+ARGUMENTS = "const void* const* in, void* const* out, const int32_t* pointer, const int32_t* order, "
+ARGUMENTS += "const int32_t* const* index, int64_t nodes, int64_t heads, int64_t columns, int32_t threads"
+
+
+@lru_cache(maxsize=1024)
+def generate(text: str) -> str:
+    """The source of a function `run` that does what the program written down as `text` does."""
+    return HEAD + _Source(parse(text)).function()
+
+
+class _Source:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.double = any(o.dtype == "float64" for o in program.operands)
+        self.folded = [i for i, o in enumerate(program.outputs) if o.kind in REDUCTIONS]
+        self.bits_in = [i for i, o in enumerate(program.operands) if o.dtype == "bits"]
+        self.bits_out = [i for i, o in enumerate(program.outputs) if o.dtype == "bits"]
+        self.apart = [i for i in self.folded if not self._in_place(i)]  # summed up in a row of their own, then stored
+
+    def _in_place(self, output: int) -> bool:
+        return self.program.outputs[output].dtype == ("float64" if self.double else "float32")
+
+    def function(self) -> str:
+        program = self.program
+        lines = [
+            f"typedef {'double' if self.double else 'float'} T;",
+            f'extern "C" void run({ARGUMENTS}) {{',
+            "const int64_t H = heads, C = columns, HC = heads * columns, edges = pointer[nodes], work = edges + nodes;",
+            *(f"const auto* const o{i} = (const {TYPES[o.dtype]}*)in[{i}];" for i, o in enumerate(program.operands)),
+            *(f"auto* const r{i} = ({TYPES[o.dtype]}*)out[{i}];" for i, o in enumerate(program.outputs)),
+            "const int64_t chunks = threads > 1 ? threads * 16 : 1;",
+            "#pragma omp parallel num_threads(threads)",
+            "{",
+            *(f"std::vector<T> row{i}({_width(program.outputs[i].level)});" for i in self.apart),
+            *(f"std::vector<uint8_t> in_bits{i}({_width(program.operands[i].level)} + 8);" for i in self.bits_in),
+            *(f"std::vector<uint8_t> out_bits{i}({_width(program.outputs[i].level)} + 8);" for i in self.bits_out),
+            "#pragma omp for schedule(dynamic, 1)",
+            "for (int64_t chunk = 0; chunk < chunks; chunk++) {",
+            "int64_t ends[2];",
+            "for (int64_t s = 0; s < 2; s++) {  // the first node before which there is so much work",
+            "int64_t goal = work / chunks * (chunk + s), low = 0, high = nodes;",
+            "while (low < high) {",
+            "int64_t i = (low + high) / 2;",
+            "if (pointer[i] + i < goal) low = i + 1; else high = i;",
+            "}",
+            "ends[s] = chunk + s == chunks ? nodes : low;",
+            "}",
+            "for (int64_t i = ends[0]; i < ends[1]; i++) {",
+            *self._begin(),
+            "for (int64_t k = pointer[i]; k < pointer[i + 1]; k++) {",
+            *self._edge(),
+            "}",
+            *self._end(),
+            "} } } }",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _begin(self) -> list[str]:
+        lines = []
+        for i, operand in enumerate(self.program.operands):
+            if operand.where == "take" and operand.index < 0:
+                lines.append(f"const auto* const __restrict p{i} = o{i} + i * {_width(operand.level)};")
+            elif operand.where == "all":
+                lines.append(f"const auto* const __restrict p{i} = o{i};")
+        for i in self.folded:
+            output = self.program.outputs[i]
+            size = _width(output.level)
+            where = f"row{i}.data()" if i in self.apart else f"r{i} + i * {size}"
+            lines.append(f"T* const __restrict a{i} = {where};")
+            lines.append(f"for (int64_t f = 0; f < {size}; f++) a{i}[f] = {START[output.kind]};")
+        return lines
+
+    def _end(self) -> list[str]:
+        lines = []
+        for i in self.folded:
+            output = self.program.outputs[i]
+            size = _width(output.level)
+            if output.kind != "sum":  # no edges: zero
+                lines.append(f"if (pointer[i] == pointer[i + 1]) for (int64_t f = 0; f < {size}; f++) a{i}[f] = 0;")
+            if i in self.apart:
+                lines.append(f"for (int64_t f = 0; f < {size}; f++) store(r{i}, i * {size} + f, a{i}[f]);")
+        return lines
+
+    def _edge(self) -> list[str]:
+        program = self.program
+        lines = ["const int64_t e = order ? order[k] : k;"]
+        for j in sorted({o.index for o in program.operands if o.where == "take" and o.index >= 0}):
+            lines.append(f"const int64_t n{j} = index[{j}][k], next{j} = index[{j}][k + 3 < edges ? k + 3 : k];")
+        for i, operand in enumerate(program.operands):
+            width = _width(operand.level)
+            if operand.where == "take" and operand.index >= 0:
+                lines.append(f"const auto* const __restrict p{i} = o{i} + n{operand.index} * {width};")
+                ahead = f"(const char*)(o{i} + next{operand.index} * {width})"
+                step = f"f < {width} * (int64_t)sizeof(*o{i})"
+                lines.append(f"for (int64_t f = 0; {step}; f += 64) __builtin_prefetch({ahead} + f);")
+            elif operand.dtype == "bits":
+                lines.append(f"unpack(o{i} + e * (({width} + 7) / 8), {width}, in_bits{i}.data());")
+                lines.append(f"const uint8_t* const __restrict p{i} = in_bits{i}.data();")
+            elif operand.where == "edge":
+                lines.append(f"const auto* const __restrict p{i} = o{i} + e * {width};")
+        lines += [f"uint8_t* const __restrict b{i} = out_bits{i}.data();" for i in self.bits_out]
+        lines += self._steps("")
+        for i, output in enumerate(program.outputs):
+            if _nest(output) == "" and output.kind != "dot":
+                lines.append(self._write(i, output))
+        levels = {o.level for o in program.operands} | {s.level for s in program.steps}
+        if levels | {o.level for o in program.outputs} != {""}:
+            lines += ["for (int64_t h = 0; h < H; h++) {", *self._head(), "}"]
+        for i in self.bits_out:
+            width = _width(program.outputs[i].level)
+            lines.append(f"pack(b{i}, {width}, r{i} + e * (({width} + 7) / 8));")
+        return lines
+
+    def _head(self) -> list[str]:
+        program = self.program
+        lines = self._steps("h")
+        dots = [i for i, o in enumerate(program.outputs) if o.kind == "dot"]
+        lines += [self._write(i, o) for i, o in enumerate(program.outputs) if _nest(o) == "h" and o.kind != "dot"]
+        inner = [i for i, o in enumerate(program.outputs) if _nest(o) in ("c", "hc") or o.kind == "dot"]
+        if inner:
+            lines += [f"T d{i} = 0;" for i in dots]
+            sums = f" reduction(+: {', '.join(f'd{i}' for i in dots)})" if dots else ""
+            lines += [f"#pragma omp simd{sums}", "for (int64_t c = 0; c < C; c++) {", *self._steps("c")]
+            for i in inner:
+                output = program.outputs[i]
+                lines.append(f"d{i} += {self._value(output.value)};" if i in dots else self._write(i, output))
+            lines.append("}")
+            lines += [
+                f"store(r{i}, e * {_width(program.outputs[i].level)}{_at(program.outputs[i].level)}, d{i});"
+                for i in dots
+            ]
+        return lines
+
+    def _write(self, i: int, output: Output) -> str:
+        level, kind, value = output.level, output.kind, self._value(output.value)
+        if output.dtype == "bits":
+            return f"b{i}[0{_at(level)}] = {value};"
+        if kind == "edge":
+            return f"store(r{i}, e * {_width(level)}{_at(level)}, {value});"
+        place = f"a{i}[0{_at(level)}]"
+        new = {
+            "sum": f"{place} + {value}",
+            "max": f"larger({place}, T({value}))",
+            "min": f"smaller({place}, T({value}))",
+        }
+        return f"{place} = {new[kind]};"
+
+    def _steps(self, loop: str) -> list[str]:
+        """The steps that are computed in a loop: over nothing, heads, or columns."""
+        lines = []
+        for i, step in enumerate(self.program.steps):
+            if ("c" if "c" in step.level else step.level) == loop:
+                values = [self._value(a) for a in step.arguments]
+                lines.append(f"const auto v{i} = {OPS[step.op][0].format(*values)};")
+        return lines
+
+    def _value(self, argument: str | float) -> str:
+        if not isinstance(argument, str):
+            number = float(argument)
+            if number != number or number in (float("inf"), float("-inf")):
+                return {"inf": "T(INFINITY)", "-inf": "T(-INFINITY)", "nan": "T(NAN)"}[str(number)]
+            return f"T({number!r})"
+        if argument[0] == "v":
+            return argument
+        i = int(argument[1:])
+        return f"load(p{i}, 0{_at(self.program.operands[i].level)})"
+
+
+def _width(level: str) -> str:
+    return {"": "1", "h": "H", "c": "C", "hc": "HC"}[level]
+
+
+def _at(level: str) -> str:
+    return {"": "", "h": " + h", "c": " + c", "hc": " + h * C + c"}[level]
+
+
+def _nest(output: Output) -> str:
+    """The level at whose loop an output is written."""
+    return "hc" if "c" in output.level else output.level

@@ -1,0 +1,124 @@
+"""The grouping of a graph's edges by a node: made once, shared by all layers and both directions, and remembered.
+
+It is remembered for the tensor of the edges, by identity and version, and dies with it. Never by address: the allocator
+gives the next mini-batch the same one.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._cpp import I32, I64, P, library
+
+FUNCTIONS = {"group": ((P, I32, I64, I64, P, P), I64), "arrange": ((P, I32, P, I64, I64, P), I64)}
+MOST = 2**31 - 1  # edges and nodes that an int32 counts
+
+
+@dataclass
+class Grouping:
+    """Edges by node.
+
+    pointer: int32, (nodes + 1,): the edges of node `i` are the places `pointer[i]` to `pointer[i + 1]`.
+    order: int32, (edges,): the edge at each place; None where the edges are in order as they are.
+    """
+
+    pointer: Tensor
+    order: Tensor | None
+    arranged: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, Tensor]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.pointer, self.order, *(tensor for _, _, tensor in self.arranged.values())]
+        return sum(t.nbytes for t in tensors if t is not None)
+
+    def arrange(self, edges: Tensor, row: int, nodes: int, remember: bool) -> Tensor:
+        """Which node each edge has at its other end, by place: int32, (edges,)."""
+        key = id(edges), row
+        found = self.arranged.get(key)
+        if found is not None and found[0]() is edges and found[1] == _version(edges):
+            return found[2]
+        index = row_of(edges, row)
+        out = torch.empty(index.shape[0], dtype=torch.int32)
+        code = _cpp().arrange(
+            index.data_ptr(), index.dtype == torch.int64, _address(self.order), index.shape[0], nodes, out.data_ptr()
+        )
+        if code < 0:
+            raise IndexError(f"an index of edges is out of range: it must be smaller than {nodes}, the number of nodes")
+        if remember:
+            self.arranged[key] = weakref.ref(edges), _version(edges), out
+        return out
+
+
+_remembered: dict[int, tuple[weakref.ref[Tensor], int, dict[tuple[int, int], Grouping]]] = {}
+_lock = threading.Lock()
+
+
+def group(edges: Tensor, row: int, nodes: int) -> Grouping:
+    """Groups edges by the node that row `row` of `edges` names: all of it, with -1. Nothing is remembered.
+
+    Raises:
+        IndexError: a node is out of range.
+    """
+    index = row_of(edges, row)
+    count = index.shape[0]
+    pointer, order = torch.empty(nodes + 1, dtype=torch.int32), torch.empty(count, dtype=torch.int32)
+    wide = index.dtype == torch.int64
+    code = _cpp().group(index.data_ptr(), wide, count, nodes, pointer.data_ptr(), order.data_ptr())
+    if code < 0:
+        raise IndexError(f"an index of edges is out of range: it must be smaller than {nodes}, the number of nodes")
+    return Grouping(pointer, None if code == 1 else order)
+
+
+def grouping(edges: Tensor, row: int, nodes: int) -> Grouping:
+    """As `group`, remembered as long as the tensor lives and is not changed."""
+    version = _version(edges)
+    with _lock:
+        found = _remembered.get(id(edges))
+        if found is None or found[0]() is not edges or found[1] != version:
+            key = id(edges)
+            dies = weakref.ref(edges, lambda ref: _forget(key, ref))
+            found = _remembered[key] = dies, version, {}
+        known = found[2]
+        if (row, nodes) not in known:
+            known[row, nodes] = group(edges, row, nodes)
+        return known[row, nodes]
+
+
+def remembered_nbytes() -> int:
+    """The bytes of all groupings that are remembered now."""
+    with _lock:
+        return sum(g.nbytes for _, _, known in _remembered.values() for g in known.values())
+
+
+def _forget(key: int, ref: weakref.ref[Tensor]) -> None:
+    found = _remembered.get(key)
+    if found is not None and found[0] is ref:
+        del _remembered[key]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def row_of(edges: Tensor, row: int) -> Tensor:
+    """The index that row `row` of a tensor of edges is, all of it with -1."""
+    return (edges if row < 0 else edges[row]).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def has_compiler() -> bool:
+    """Whether the functions of this file can be used."""
+    return _cpp() is not None
+
+
+def _cpp() -> Any:
+    return library("edges/group.cpp", FUNCTIONS)

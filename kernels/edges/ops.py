@@ -1,0 +1,189 @@
+"""The ops that a graph calls for regions: `actcompile.edges`, any program, and `actcompile.aggregate`, sums of rows."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .._cpp import I32, I64, P, compile_source
+from .generate import generate
+from .group import MOST, Grouping, group, grouping, has_compiler, row_of
+from .program import REDUCTIONS, Operand, Output, Program, Step, dtype_of, parse, row_size, run_reference, width
+
+RUN = {"run": (P, P, P, P, P, I64, I64, I64, I32)}
+ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
+
+
+@torch.library.custom_op("actcompile::edges", mutates_args=())
+def edges(
+    program: str,
+    by: Tensor,
+    by_row: int,
+    nodes: int,
+    heads: int,
+    columns: int,
+    indices: Sequence[Tensor],
+    rows: Sequence[int],
+    operands: Sequence[Tensor],
+    grouped: Sequence[Tensor],
+) -> list[Tensor]:
+    """Runs a program over the edges of a graph.
+
+    Args:
+        program: as `Program.dump` writes it.
+        by, by_row: the node that edges are grouped by, (edges,), or that row of a tensor of (2, edges).
+        nodes: the number of nodes, of results for each node.
+        heads, columns: the sizes of the axes.
+        indices, rows: the nodes at the other ends, likewise.
+        operands: what rows are read of.
+        grouped: the grouping by `by`, as `group_edges` returns it; or none: it is looked up, and made and remembered
+            for as long as the tensor `by` lives. That is for tensors that live on, as inputs of a model do.
+
+    Returns:
+        for each output of the program (nodes, width), or (edges, width).
+
+    Raises:
+        IndexError: an index names a node that there isn't.
+    """
+    return _run(parse(program), program, by, by_row, nodes, heads, columns, indices, rows, operands, grouped)
+
+
+@edges.register_fake
+def _(program, by, by_row, nodes, heads, columns, indices, rows, operands, grouped):
+    return [
+        by.new_empty(
+            nodes if output.kind in REDUCTIONS else by.shape[-1],
+            row_size(output, heads, columns),
+            dtype=dtype_of(output),
+        )
+        for output in parse(program).outputs
+    ]
+
+
+@torch.library.custom_op("actcompile::aggregate", mutates_args=())
+def aggregate(
+    matrix: Tensor,
+    weight: Tensor | None,
+    take: Tensor,
+    take_row: int,
+    by: Tensor,
+    by_row: int,
+    nodes: int,
+    grouped: Sequence[Tensor],
+) -> Tensor:
+    """Adds rows of `matrix`, those that `take` names, up by what `by` names: message passing without messages.
+
+    Linear in `matrix`, and in `weight`, one number for each edge. Other arguments as in `edges`.
+
+    Returns:
+        (nodes, ...), in the dtype of `matrix`.
+    """
+    columns = matrix.numel() // max(matrix.shape[0], 1)
+    text = aggregation(str(matrix.dtype)[6:], None if weight is None else str(weight.dtype)[6:])
+    operands = [matrix] if weight is None else [matrix, weight]
+    (out,) = _run(parse(text), text, by, by_row, nodes, 1, columns, [take], [take_row], operands, grouped)
+    return out.view(nodes, *matrix.shape[1:])
+
+
+@aggregate.register_fake
+def _(matrix, weight, take, take_row, by, by_row, nodes, grouped):
+    return matrix.new_empty(nodes, *matrix.shape[1:])
+
+
+@lru_cache
+def aggregation(dtype: str, weight: str | None) -> str:
+    """The program of `aggregate`."""
+    row = Operand("take", 0, "c", dtype)
+    if weight is None:
+        return Program((row,), (), (Output("sum", "o0", "c", dtype),)).dump()
+    times = Step("mul", ("o0", "o1"), "c")
+    return Program((row, Operand("edge", -1, "", weight)), (times,), (Output("sum", "v0", "c", dtype),)).dump()
+
+
+@torch.library.custom_op("actcompile::group_edges", mutates_args=())
+def group_edges(by: Tensor, by_row: int, nodes: int) -> tuple[Tensor, Tensor]:
+    """Groups edges by a node, for indices that a graph makes itself. Arguments as in `edges`.
+
+    Returns:
+        pointer, int32, (nodes + 1,), and order, int32, (edges,), as in `Grouping`.
+    """
+    index = row_of(by, by_row)
+    if index.device.type == "cpu" and has_compiler():
+        sort = group(index, -1, nodes)
+        return sort.pointer, torch.arange(index.shape[0], dtype=torch.int32) if sort.order is None else sort.order
+    order = torch.argsort(index, stable=True)
+    edge = torch.arange(nodes + 1, dtype=index.dtype, device=index.device)
+    return torch.searchsorted(index[order], edge, out_int32=True), order.int()
+
+
+@group_edges.register_fake
+def _(by, by_row, nodes):
+    return by.new_empty(nodes + 1, dtype=torch.int32), by.new_empty(by.shape[-1], dtype=torch.int32)
+
+
+@lru_cache(maxsize=1024)
+def compiled(text: str) -> ctypes.CDLL | None:
+    """The library of a program's kernel; None where it can't be compiled."""
+    return compile_source(generate(text), RUN)
+
+
+def _run(
+    program: Program,
+    text: str,
+    by: Tensor,
+    by_row: int,
+    nodes: int,
+    heads: int,
+    columns: int,
+    indices: Sequence[Tensor],
+    rows: Sequence[int],
+    operands: Sequence[Tensor],
+    grouped: Sequence[Tensor],
+) -> list[Tensor]:
+    operands = [o.contiguous() for o in operands]
+    count = by.shape[-1]
+    kernel = compiled(text) if by.device.type == "cpu" and max(count, nodes) < MOST else None
+    if kernel is None:
+        others = [row_of(*pair) for pair in zip(indices, rows, strict=True)]
+        return run_reference(program, operands, row_of(by, by_row), others, nodes, heads, columns)
+    remember = not grouped and not by.is_inference()
+    sort = Grouping(grouped[0], grouped[1]) if grouped else (grouping if remember else group)(by, by_row, nodes)
+    others = [
+        sort.arrange(index, row, _taken(program, j, operands, heads, columns), remember)
+        for j, (index, row) in enumerate(zip(indices, rows, strict=True))
+    ]
+    results = [
+        torch.empty(
+            nodes if output.kind in REDUCTIONS else count,
+            row_size(output, heads, columns),
+            dtype=dtype_of(output),
+        )
+        for output in program.outputs
+    ]
+    threads = 1 if (count + nodes) * heads * columns < ALONE else torch.get_num_threads()
+    kernel.run(
+        _addresses(operands), _addresses(results), sort.pointer.data_ptr(), _order(sort), _addresses(others),
+        nodes, heads, columns, threads,
+    )  # fmt: skip
+    return results
+
+
+def _taken(program: Program, index: int, operands: Sequence[Tensor], heads: int, columns: int) -> int:
+    """The number of nodes that an index may name: of the shortest operand that is read by it."""
+    return min(
+        tensor.numel() // max(width(operand.level, heads, columns), 1)
+        for operand, tensor in zip(program.operands, operands, strict=True)
+        if operand.where == "take" and operand.index == index
+    )
+
+
+def _order(sort: Grouping) -> int | None:
+    return None if sort.order is None else sort.order.data_ptr()
+
+
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (P * max(len(tensors), 1))(*(t.data_ptr() for t in tensors))

@@ -1,0 +1,216 @@
+"""What is computed for every edge of a graph, and how it is summed up: a region of message passing as data.
+
+A *program* goes over the edges, grouped by one of their nodes. For each edge it reads rows: of a node at either end, of
+the edge, or the same row for all; computes on their elements; and adds the result to its node's row, takes the largest
+or the smallest, or writes it down for the edge. Nothing exists for more than one edge at a time.
+
+A row has up to two axes, heads `h` and columns `c`. Every operand and value has some of them, its *level*: `"hc"`,
+`"h"`, `"c"` or `""`, and is the same along the others. Sizes are no part of a program: one program serves all widths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = {"sum": 0.0, "max": -math.inf, "min": math.inf}  # -> what they begin with
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that is read by rows.
+
+    where: "take", the row of the node that index `index` names; "edge", the row of the edge; "all", the only row. An
+        index of -1 is the one that edges are grouped by.
+    dtype: a name of torch's; or "bits", for rows of edges as uint8, eight elements in each, the first in the lowest.
+    """
+
+    where: str
+    index: int
+    level: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on numbers. Arguments are numbers, `"o0"` for an operand, or `"v0"` for an earlier step's value."""
+
+    op: str
+    arguments: tuple[str | float, ...]
+    level: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is made of a value.
+
+    kind: one of `REDUCTIONS`, over a node's edges; "edge", written down for each edge; "dot", its sum over columns,
+        written down for each edge.
+    dtype: as of an operand; "bits" for comparisons that are written down.
+    """
+
+    kind: str
+    value: str
+    level: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Program:
+    operands: tuple[Operand, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[Output, ...]
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    def level_of(self, argument: str | float) -> str:
+        """The axes of an argument of a step, or of an output's value."""
+        if not isinstance(argument, str):
+            return ""
+        return (self.operands if argument[0] == "o" else self.steps)[int(argument[1:])].level  # type: ignore[attr-defined, no-any-return]
+
+
+@lru_cache(maxsize=1024)
+def parse(text: str) -> Program:
+    """The program that `Program.dump` wrote down."""
+    data = json.loads(text)
+    return Program(
+        tuple(Operand(**o) for o in data["operands"]),
+        tuple(Step(s["op"], tuple(s["arguments"]), s["level"]) for s in data["steps"]),
+        tuple(Output(**o) for o in data["outputs"]),
+    )
+
+
+def width(level: str, heads: int, columns: int) -> int:
+    """The number of elements in a row."""
+    return (heads if "h" in level else 1) * (columns if "c" in level else 1)
+
+
+def row_size(part: Operand | Output, heads: int, columns: int) -> int:
+    """The number of elements of its tensor in which a row is kept."""
+    size = width(part.level, heads, columns)
+    return -(-size // 8) if part.dtype == "bits" else size
+
+
+def dtype_of(part: Operand | Output) -> torch.dtype:
+    """The dtype of its tensor."""
+    return torch.uint8 if part.dtype == "bits" else getattr(torch, part.dtype)  # type: ignore[no-any-return]
+
+
+OPS = {  # name -> C++, with T the type that is computed in; and the same in torch
+    "add": ("({0} + {1})", torch.add),
+    "sub": ("({0} - {1})", torch.sub),
+    "mul": ("({0} * {1})", torch.mul),
+    "div": ("({0} / {1})", torch.div),
+    "neg": ("(-{0})", torch.neg),
+    "abs": ("std::abs({0})", torch.abs),
+    "exp": ("exp_({0})", torch.exp),
+    "log": ("std::log({0})", torch.log),
+    "log1p": ("std::log1p({0})", torch.log1p),
+    "expm1": ("std::expm1({0})", torch.expm1),
+    "sqrt": ("std::sqrt({0})", torch.sqrt),
+    "rsqrt": ("(T(1) / std::sqrt({0}))", torch.rsqrt),
+    "reciprocal": ("(T(1) / {0})", torch.reciprocal),
+    "sin": ("std::sin({0})", torch.sin),
+    "cos": ("std::cos({0})", torch.cos),
+    "erf": ("std::erf({0})", torch.erf),
+    "pow": ("std::pow(T({0}), T({1}))", torch.pow),
+    "sigmoid": ("(T(1) / (T(1) + exp_(-{0})))", torch.sigmoid),
+    "tanh": ("tanh_({0})", torch.tanh),
+    "relu": ("({0} < T(0) ? T(0) : {0})", torch.relu),
+    "maximum": ("larger({0}, {1})", torch.maximum),
+    "minimum": ("smaller({0}, {1})", torch.minimum),
+    "where": ("({0} ? {1} : {2})", torch.where),
+    "gt": ("({0} > {1})", torch.gt),
+    "ge": ("({0} >= {1})", torch.ge),
+    "lt": ("({0} < {1})", torch.lt),
+    "le": ("({0} <= {1})", torch.le),
+    "eq": ("({0} == {1})", torch.eq),
+    "ne": ("({0} != {1})", torch.ne),
+    "and": ("({0} && {1})", torch.logical_and),
+    "or": ("({0} || {1})", torch.logical_or),
+    "not": ("(!{0})", torch.logical_not),
+    "float": ("T({0})", lambda x: x.to(torch.promote_types(x.dtype, torch.float32))),
+}
+COMPARING = frozenset(("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not"))
+
+
+def shape(level: str, heads: int, columns: int) -> tuple[int, int]:
+    """A row's shape, for broadcasting."""
+    return heads if "h" in level else 1, columns if "c" in level else 1
+
+
+def run_reference(
+    program: Program,
+    operands: Sequence[Tensor],
+    by: Tensor,
+    indices: Sequence[Tensor],
+    nodes: int,
+    heads: int,
+    columns: int,
+) -> list[Tensor]:
+    """What a program does, by plain torch ops, with tensors of [edges, heads, columns]. Runs on any device.
+
+    Args:
+        operands: contiguous; rows are those of `Operand`.
+        by, indices: int64 or int32, (edges,).
+
+    Returns:
+        (nodes, width) or (edges, width) for each output.
+    """
+    edges = by.shape[0]
+    values: dict[str, Tensor] = {}
+    for i, (operand, tensor) in enumerate(zip(program.operands, operands, strict=True)):
+        if operand.dtype == "bits":
+            tensor = _unpacked(tensor, width(operand.level, heads, columns))
+        rows = tensor.reshape(-1, *shape(operand.level, heads, columns))
+        if operand.where == "take":
+            rows = rows[by if operand.index < 0 else indices[operand.index]]
+        values[f"o{i}"] = rows if rows.dtype in (torch.bool, torch.float64) else rows.float()
+    for i, step in enumerate(program.steps):
+        arguments = [values[a] if isinstance(a, str) else a for a in step.arguments]
+        if step.op in ("maximum", "minimum", "where"):
+            like = next(a for a in arguments if isinstance(a, Tensor) and (a.dtype != torch.bool or step.op != "where"))
+            arguments = [a if isinstance(a, Tensor) else torch.full_like(like[:1, :1, :1], a) for a in arguments]
+        elif not isinstance(arguments[0], Tensor):  # torch.sub(1, x) has no such form
+            arguments[0] = torch.tensor(arguments[0], device=by.device)
+        values[f"v{i}"] = OPS[step.op][1](*arguments)  # type: ignore[operator]
+    results = []
+    for output in program.outputs:
+        value = values[output.value]
+        level = output.level + "c" if output.kind == "dot" else output.level
+        value = value.expand(edges, *shape(level, heads, columns))
+        if output.kind == "dot":
+            value = value.sum(2, keepdim=True)
+        elif output.kind in REDUCTIONS:
+            value = value.float() if value.dtype == torch.bool else value
+            start = value.new_zeros(nodes, *value.shape[1:])
+            if output.kind == "sum":
+                value = start.index_add(0, by.long(), value)
+            else:
+                index = by.long().view(-1, 1, 1).expand_as(value)
+                value = start.scatter_reduce(0, index, value, f"a{output.kind}", include_self=False)
+        value = value.reshape(value.shape[0], width(output.level, heads, columns))
+        results.append(_packed(value) if output.dtype == "bits" else value.to(dtype_of(output)))
+    return results
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Rows of bools as bytes, eight in each."""
+    rows = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).view(
+        mask.shape[0], -(-mask.shape[1] // 8), 8
+    )
+    return (rows << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(2, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, size: int) -> Tensor:
+    """The inverse of `_packed`, for rows of `size` bools."""
+    bits = packed.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(1)[:, :size].bool()

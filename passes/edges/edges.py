@@ -1,0 +1,334 @@
+"""`edges`: message passing on the joint graph becomes ops that hold nothing of [edges, features].
+
+PyG's layers take rows of nodes for every edge, compute on them, and add them up. Autograd does the same in the other
+direction. In the graph of both, before torch cuts it, every such region becomes one op that goes over the edges grouped
+by node (`actcompile.kernels.edges`). It reads node rows and leaves node rows, so those are what the cut can choose
+from: what is saved for backward has a row for each node, and where backward needs a message or an attention weight, its
+region computes it again.
+
+A comparison of forward's values in backward (which neighbour was the largest, where a ReLU was at work) is taken in
+forward, where the values are exact, and handed on as a mask.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import _torch
+from ..graph.bodies import BODY
+from ..graph.split import call, inherit_origin, is_tensor, writes
+from .regions import Region, Unfit, is_computable, region
+from .takes import Index, Reduction, Take, reduction_of, take_of
+
+aten, ops = torch.ops.aten, torch.ops.actcompile
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A region that became one op, or the reason why it did not.
+
+    end: name of the node that it ended with; the op's result has it now.
+    inside: names of the nodes that it computes.
+    nbytes: bytes of the largest tensor of a row for each edge that is not made any more, or still is.
+    """
+
+    end: str
+    inside: tuple[str, ...]
+    nbytes: int
+    reason: str = ""
+
+
+def edges(joint: fx.Graph, num_fwd_outputs: int, parameters: Collection[str]) -> list[Fused]:
+    """Fuses the message passing of a joint graph on CPU, in place.
+
+    Args:
+        num_fwd_outputs: number of the graph's outputs that forward returns.
+        parameters: names of the inputs that live from step to step.
+    """
+    return _Fusing(joint, num_fwd_outputs, parameters).run()
+
+
+class _Fusing:
+    def __init__(self, graph: fx.Graph, num_fwd_outputs: int, parameters: Collection[str]) -> None:
+        self.graph = graph
+        outputs = graph.output_node().args[0]
+        self.forward = _ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))  # type: ignore[index, union-attr]
+        placeholders = graph.find_nodes(op="placeholder")
+        self.of_tangents = _descendants(n for n in placeholders if "tangents" in n.name)
+        self.of_parameters = _descendants(n for n in placeholders if n.name in parameters)
+        self.known: dict[fx.Node, bool] = {}
+        self.grouped: dict[tuple[Index, str], tuple[fx.Node, fx.Node]] = {}
+        self.replaced: dict[fx.Node, fx.Node] = {}
+        self.matrices: dict[fx.Node, fx.Node] = {}  # for regions that end with no sum by node: rows of those nodes
+        self.fused: list[Fused] = []
+
+    def run(self) -> list[Fused]:
+        found: dict[fx.Node, Region | tuple[Take, fx.Node | None, Reduction]] = {}
+        masks: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if not is_tensor(node) or node.meta["val"].device.type != "cpu":
+                continue
+            try:
+                made = self._written(node)
+            except Unfit as reason:
+                self.fused.append(Fused(node.name, (), _nbytes(node), str(reason)))
+                continue
+            if made is not None:
+                found[node] = made
+                masks.update(made.masks if isinstance(made, Region) else ())
+        for mask in masks:
+            found[mask] = self._apart(mask, mask, "edge", exact=lambda _: False)
+        self._pack(masks, found)
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        for node in sorted(found, key=order.__getitem__):
+            made = found[node]
+            result = self._call(made) if isinstance(made, Region) else self._aggregate(node, *made)
+            inside = made.inside if isinstance(made, Region) else [made[2].value]
+            nbytes = max(map(_nbytes, inside), default=0)
+            self.fused.append(Fused(node.name, tuple(n.name for n in inside), nbytes))
+            node.replace_all_uses_with(result)
+            self.graph.erase_node(node)
+            self.replaced[node] = result
+            result.name = node.name
+        self.graph.eliminate_dead_code()
+        return self.fused
+
+    def _written(self, node: fx.Node) -> Region | tuple[Take, fx.Node | None, Reduction] | None:
+        """The region that a node ends, if it ends one."""
+        reduction = reduction_of(node)
+        if reduction is not None:
+            if not self.taken(reduction.value) and _width(reduction.value) == 1:
+                return None  # degrees and the like
+            linear = self._linear(reduction)
+            if linear is not None:
+                return *linear, reduction
+            nodes = _size(reduction.nodes)
+            return region(node, reduction.value, reduction.kind, reduction.index, nodes, self.taken, self._exact(node))
+        match node:
+            case fx.Node(target=aten.sum.dim_IntList, args=(fx.Node() as value, [*dims], *_)) if not node.kwargs:
+                if not self.taken(value) or _width(value) == 1:
+                    return None
+                if dims == [0]:
+                    return self._apart(node, value, "sum")
+                if (
+                    all(d % value.meta["val"].dim() for d in dims)
+                    and len(dims) == 1
+                    and dims[0] in (-1, value.meta["val"].dim() - 1)
+                ):  # type: ignore[operator]
+                    return self._apart(node, value, "dot")
+        return None
+
+    def _apart(
+        self, node: fx.Node, value: fx.Node, kind: str, exact: Callable[[fx.Node], bool] | None = None
+    ) -> Region:
+        """A region that does not end with a sum by node: it goes by what most of its rows are taken by."""
+        takes = sorted(self._takes(value, set()), key=lambda t: -_width(t.matrix))
+        by, nodes = takes[0].index, takes[0].matrix.meta["val"].shape[0]
+        self.matrices[node] = takes[0].matrix
+        return region(node, value, kind, by, nodes, self.taken, exact or self._exact(node))
+
+    def _pack(self, masks: Collection[fx.Node], found: dict[fx.Node, Any]) -> None:
+        """Has masks that nothing but regions reads written and read as bits."""
+        regions = [made for made in found.values() if isinstance(made, Region)]
+        read = {node for made in regions for node in made.operands}
+        gone: set[fx.Node] = set(found)  # what nobody computes any more
+        for node in reversed(self.graph.nodes):
+            if node.users and node not in read and all(user in gone for user in node.users):
+                gone.add(node)
+        packed = {mask for mask in masks if all(user in gone for user in mask.users)}
+        for made in regions:
+            program = made.program
+            operands = tuple(
+                replace(o, dtype="bits") if node in packed else o
+                for o, node in zip(program.operands, made.operands, strict=True)
+            )
+            outputs = tuple(replace(o, dtype="bits") if made.end in packed else o for o in program.outputs)
+            made.program = replace(program, operands=operands, outputs=outputs)
+
+    def taken(self, node: fx.Node) -> bool:
+        """Whether a node is made of taken rows by what a program can do."""
+        if node not in self.known:
+            self.known[node] = is_tensor(node) and (
+                (take_of(node) is not None and node.meta["val"].is_floating_point())
+                or (is_computable(node) and any(self.taken(n) for n in node.all_input_nodes))
+            )
+        return self.known[node]
+
+    def _exact(self, end: fx.Node) -> Callable[[fx.Node], bool]:
+        """Whether a comparison that backward needs is one of forward's values."""
+        backward = end not in self.forward
+
+        def exact(comparison: fx.Node) -> bool:
+            return backward and comparison not in self.of_tangents
+
+        return exact
+
+    def _takes(self, node: fx.Node, seen: set[fx.Node]) -> Iterator[Take]:
+        if node in seen:
+            return
+        seen.add(node)
+        take = take_of(node)
+        if take is not None:
+            yield take
+        elif is_computable(node):
+            for operand in node.all_input_nodes:
+                if self.taken(operand):
+                    yield from self._takes(operand, seen)
+
+    def _linear(self, reduction: Reduction) -> tuple[Take, fx.Node | None] | None:
+        """Rows that are summed up as they are taken, or times one number for each edge, which is another node."""
+        if reduction.kind != "sum":
+            return None
+        value = reduction.value
+        take, weight = take_of(value), None
+        if take is None and value.target is aten.mul.Tensor:
+            for row, factor in (value.args, value.args[::-1]):
+                if isinstance(row, fx.Node) and isinstance(factor, fx.Node) and take_of(row) is not None:
+                    take, weight = take_of(row), factor
+                    if self._is_weight(factor, row):
+                        break
+            else:
+                return None
+        if take is None or value.meta["val"].dtype != take.matrix.meta["val"].dtype:
+            return None
+        sizes = zip(take.matrix.meta["val"].shape[1:], value.meta["val"].shape[1:], strict=False)
+        dims = take.matrix.meta["val"].dim(), value.meta["val"].dim()
+        fits = dims[0] == dims[1] and all(_torch.known_true(a == b) for a, b in sizes)
+        return (take, weight) if fits and take.matrix.meta["val"].is_floating_point() else None
+
+    def _is_weight(self, factor: fx.Node, row: fx.Node) -> bool:
+        """Whether a factor is one number for each edge that is held anyway: no attention, which is computed again."""
+        value = factor.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() == 0:
+            return False
+        sizes = value.shape
+        edges = row.meta["val"].shape[0]
+        alone = _torch.known_true(sizes[0] == edges) and all(_torch.known_true(size == 1) for size in sizes[1:])
+        return (
+            alone and len(sizes) == row.meta["val"].dim() and not (factor in self.of_parameters and self.taken(factor))
+        )
+
+    def _aggregate(self, node: fx.Node, take: Take, weight: fx.Node | None, reduction: Reduction) -> fx.Node:
+        with self.graph.inserting_before(node):
+            by, row = reduction.index.tensor, reduction.index.row
+            grouped = self._grouped(reduction.index, reduction.nodes, node)
+            matrix, other = self._now(take.matrix), take.index
+            return call(
+                self.graph, ops.aggregate.default, matrix, weight and self._now(weight), other.tensor, other.row, by,
+                row, reduction.nodes, grouped, like=node,
+            )  # fmt: skip
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        """What stands for a node now."""
+        return self.replaced.get(node, node)
+
+    def _call(self, made: Region) -> fx.Node:
+        """Inserts the call of a region's program before the node that it ends with; returns the result in its shape."""
+        graph, end = self.graph, made.end
+        kind = made.program.outputs[0].kind
+        reduction = reduction_of(end)
+        with graph.inserting_before(end):
+            nodes = reduction.nodes if reduction is not None else self._rows(end)
+            result = call(
+                graph, ops.edges.default, made.program.dump(), made.by.tensor, made.by.row, nodes, made.heads,
+                made.columns, [i.tensor for i in made.indices], [i.row for i in made.indices],
+                [self._now(n) for n in made.operands], self._grouped(made.by, nodes, end), like=end,
+            )  # fmt: skip
+            result.meta[BODY] = _body(made, whole=kind != "sum" or reduction is not None)
+            inherit_origin(part := call(graph, operator.getitem, result, 0), end)
+            value = end.meta["val"]
+            if made.program.outputs[0].dtype == "bits":
+                return part
+            if kind == "sum" and reduction is None:  # over all edges: over those of each node, then over nodes
+                part = call(graph, aten.sum.dim_IntList, part, [0], like=end)
+                return call(graph, aten.view.default, part, list(value.shape), like=end)
+            if value.dim() == 2 and _torch.known_true(value.shape[1] == part.meta["val"].shape[1]):
+                return part
+            return call(graph, aten.view.default, part, [-1, *value.shape[1:]], like=end)
+
+    def _rows(self, end: fx.Node) -> object:
+        """The number of nodes that edges are grouped by, where no sum says it: of the rows that are taken by it."""
+        matrix = self._now(self.matrices[end])
+        size = matrix.meta["val"].shape[0]
+        return size if isinstance(size, int) else call(self.graph, aten.sym_size.int, matrix, 0, like=matrix)
+
+    def _grouped(self, index: Index, nodes: object, before: fx.Node) -> list[fx.Node]:
+        """The grouping of edges the graph makes, once for all layers; none for inputs, where it is remembered."""
+        tensor = index.tensor
+        if tensor.op == "placeholder" and not any(writes(user) for user in tensor.users):
+            return []
+        key = index, str(_size(nodes))
+        if key not in self.grouped:
+            both = call(self.graph, ops.group_edges.default, tensor, index.row, nodes, like=before)
+            parts = [call(self.graph, operator.getitem, both, i, like=before) for i in range(2)]
+            for node in (both, *parts):
+                _torch.must_recompute(node)  # backward rather sorts again than reads what was saved
+            self.grouped[key] = parts[0], parts[1]
+        return list(self.grouped[key])
+
+
+def _body(made: Region, whole: bool) -> fx.Graph:
+    """What a region computes as a graph: its first inputs are the operands, its output is the end, or its value.
+
+    Args:
+        whole: whether the end itself is what is computed.
+    """
+    last = made.end if whole else made.end.args[0]
+    assert isinstance(last, fx.Node)
+    nodes = sorted({*made.inside, last})
+    inputs = [n for node in nodes for n in node.all_input_nodes if n not in nodes]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in (*made.operands, *dict.fromkeys(n for n in inputs if n not in made.operands)):
+        placeholder = graph.placeholder(node.name)
+        placeholder.meta["val"] = node.meta.get("val")
+        copies.setdefault(node, placeholder)
+    for node in nodes:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[last])
+    return graph
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found, todo = set(), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def _descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found, todo = set(), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.users)
+    return found
+
+
+def _size(size: object) -> object:
+    return size.meta["val"] if isinstance(size, fx.Node) else size
+
+
+def _width(node: fx.Node) -> int:
+    """The number of elements in a row, as traced."""
+    sizes = node.meta["val"].shape[1:]
+    product = 1
+    for size in sizes:
+        product *= _torch.size_hint(size)
+    return product
+
+
+def _nbytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return _torch.size_hint(value.shape[0]) * _width(node) * value.dtype.itemsize if value.dim() else 0

@@ -1,0 +1,326 @@
+"""Regions of message passing: what is computed on rows of edges between takes and sums, as a program over edges.
+
+A region is found from its end: a sum, a maximum or a minimum over the edges of a node; a sum over the columns of an
+edge; a comparison that backward needs. From there it goes back through pointwise ops, and ends at its *leaves*: node
+rows that are taken, rows of edges that something else makes, numbers and rows that are the same for all edges. What
+several regions compute is computed in each: it is cheap where rows are read anyway, and costs no memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from actcompile.kernels.edges.program import COMPARING, Operand, Output, Program, Step
+
+from ..graph import _torch
+from ..graph.split import is_tensor
+from .takes import Index, Take, take_of
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+POINTWISE = {
+    aten.add.Tensor: "add", aten.add.Scalar: "add", aten.sub.Tensor: "sub", aten.sub.Scalar: "sub",
+    aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.div.Tensor: "div", aten.div.Scalar: "div",
+    aten.neg.default: "neg", aten.abs.default: "abs", aten.exp.default: "exp", aten.log.default: "log",
+    aten.log1p.default: "log1p", aten.expm1.default: "expm1", aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt",
+    aten.reciprocal.default: "reciprocal", aten.sin.default: "sin", aten.cos.default: "cos", aten.erf.default: "erf",
+    aten.pow.Tensor_Scalar: "pow", aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh",
+    aten.relu.default: "relu", aten.maximum.default: "maximum", aten.minimum.default: "minimum",
+    aten.where.self: "where",
+    aten.gt.Tensor: "gt", aten.gt.Scalar: "gt", aten.ge.Tensor: "ge", aten.ge.Scalar: "ge",
+    aten.lt.Tensor: "lt", aten.lt.Scalar: "lt", aten.le.Tensor: "le", aten.le.Scalar: "le",
+    aten.eq.Tensor: "eq", aten.eq.Scalar: "eq", aten.ne.Tensor: "ne", aten.ne.Scalar: "ne",
+    aten.logical_and.default: "and", aten.bitwise_and.Tensor: "and", aten.logical_or.default: "or",
+    aten.bitwise_or.Tensor: "or", aten.logical_not.default: "not", aten.bitwise_not.default: "not",
+    prims.convert_element_type.default: "float", aten._to_copy.default: "float",
+}  # fmt: skip
+SHAPES = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
+SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+
+Axes = tuple[str, ...]
+"""Which axes of a row each dimension of a value but the first goes along: "h", "c", both ("hc"), or none ("")."""
+
+
+class Unfit(Exception):
+    """A region can't be written as a program; the message says why."""
+
+
+class _Finer(Exception):
+    """The columns have to be taken as heads times columns."""
+
+    def __init__(self, heads: int, columns: int) -> None:
+        self.sizes = heads, columns
+
+
+@dataclass
+class Region:
+    """A program, and what it works on.
+
+    Attributes:
+        end: the node that it computes.
+        by: what edges are grouped by.
+        indices: the other ends' nodes.
+        operands: nodes, in the order of the program's operands.
+        inside: nodes of the graph that the program computes, without `end`.
+        masks: comparisons among the operands that have to be made in forward, as programs of their own.
+    """
+
+    end: fx.Node
+    by: Index
+    heads: int
+    columns: int
+    program: Program
+    indices: list[Index]
+    operands: list[fx.Node]
+    inside: list[fx.Node]
+    masks: list[fx.Node]
+
+
+@dataclass
+class Builder:
+    """Writes the program of one region.
+
+    Args:
+        by: what edges are grouped by; None: by what most of its rows are taken by.
+        nodes: the number of nodes that `by` names.
+        taken: whether a node is computed from taken rows, op by op, within regions.
+        exact: whether a comparison may not be made here, for what it compares may be rounded: it is an operand.
+    """
+
+    by: Index
+    nodes: object
+    heads: int
+    columns: int
+    taken: Callable[[fx.Node], bool]
+    exact: Callable[[fx.Node], bool]
+    operands: list[Operand] = field(default_factory=list)
+    nodes_read: list[fx.Node] = field(default_factory=list)
+    indices: list[Index] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    inside: list[fx.Node] = field(default_factory=list)
+    masks: list[fx.Node] = field(default_factory=list)
+    known: dict[tuple[fx.Node, Axes], str | float] = field(default_factory=dict)
+
+    def value(self, node: fx.Node, axes: Axes) -> str | float:
+        """The argument that stands for a node of (edges, ...), whose dimensions go along `axes`."""
+        key = node, axes
+        if key not in self.known:
+            self.known[key] = self._value(node, axes)
+        return self.known[key]
+
+    def _value(self, node: fx.Node, axes: Axes) -> str | float:
+        number = _constant(node)
+        if number is not None:
+            return number
+        dtype = node.meta["val"].dtype
+        if dtype not in (*FLOATS, torch.bool):
+            raise Unfit(f"{dtype} is not handled")
+        take = take_of(node)
+        if take is not None:
+            self.inside.append(node)
+            return self._take(take, axes)
+        if dtype is torch.bool and self.exact(node):
+            if self.taken(node):
+                self.masks.append(node)
+            return self._operand("edge", -1, node, axes)
+        if not self.taken(node) and not _is_scaled_mask(node):
+            return self._operand("edge", -1, node, axes)
+        if node.target in SHAPES or node.target is aten.expand.default:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            result = self.value(source, self._before(node, source, axes))
+        elif node.target in SAME:
+            result = self.value(node.args[0], axes)  # type: ignore[arg-type]
+        else:
+            op = POINTWISE[node.target]  # type: ignore[index]
+            count = 1 if op in ("float", "neg") else len(node.args)
+            arguments = tuple(self._argument(a, node, axes) for a in node.args[:count])
+            if not any(isinstance(a, str) for a in arguments):
+                raise Unfit("a number computed of numbers")
+            level = _join(*(self._level(a) for a in arguments))
+            self.steps.append(Step(op, arguments, level))
+            result = f"v{len(self.steps) - 1}"
+        self.inside.append(node)
+        return result
+
+    def _argument(self, argument: object, user: fx.Node, axes: Axes) -> str | float:
+        """An argument of a pointwise op, broadcast to its user's dimensions."""
+        if isinstance(argument, bool | int | float):
+            return float(argument)
+        if not isinstance(argument, fx.Node) or not is_tensor(argument):
+            raise Unfit("an argument that is a symbolic number")
+        sizes, whole = argument.meta["val"].shape, user.meta["val"].shape
+        trailing = min(len(sizes), len(axes))
+        own = tuple(
+            "" if _torch.known_true(size == 1) else axis
+            for size, axis in zip(sizes[len(sizes) - trailing :], axes[len(axes) - trailing :], strict=True)
+        )
+        if len(sizes) == len(whole) and not _torch.known_true(sizes[0] == 1):
+            return self.value(argument, own)
+        number = _constant(argument)
+        if number is not None:
+            return number
+        if argument.meta["val"].dtype not in (*FLOATS, torch.bool):
+            raise Unfit(f"{argument.meta['val'].dtype} is not handled")
+        return self._operand("all", -1, argument, own)
+
+    def _take(self, take: Take, axes: Axes) -> str:
+        rows = take.matrix.meta["val"].shape[0]
+        if take.index == self.by and _torch.known_true(rows == self.nodes):
+            return self._operand("take", -1, take.matrix, axes)
+        if take.index not in self.indices:
+            self.indices.append(take.index)
+        return self._operand("take", self.indices.index(take.index), take.matrix, axes)
+
+    def _operand(self, where: str, index: int, node: fx.Node, axes: Axes) -> str:
+        value = node.meta["val"]
+        if value.dtype not in (*FLOATS, torch.bool):
+            raise Unfit(f"{value.dtype} is not handled")
+        operand = Operand(where, index, _join(*axes), str(value.dtype)[6:])
+        for i, (known, other) in enumerate(zip(self.operands, self.nodes_read, strict=True)):
+            if known == operand and other is node:
+                return f"o{i}"
+        self.operands.append(operand)
+        self.nodes_read.append(node)
+        return f"o{len(self.operands) - 1}"
+
+    def _level(self, argument: str | float) -> str:
+        if not isinstance(argument, str):
+            return ""
+        return (self.operands if argument[0] == "o" else self.steps)[int(argument[1:])].level  # type: ignore[attr-defined, no-any-return]
+
+    def _before(self, node: fx.Node, source: fx.Node, axes: Axes) -> Axes:
+        """The axes of what a view, or an expanded tensor, is made of."""
+        sizes = source.meta["val"].shape
+        if not sizes or not _torch.known_true(sizes[0] == node.meta["val"].shape[0]):
+            raise Unfit("a view across edges")
+        if node.target is aten.expand.default:
+            if len(sizes) != len(axes) + 1:
+                raise Unfit("an expanded tensor of other dimensions")
+            return tuple("" if _torch.known_true(s == 1) else a for s, a in zip(sizes[1:], axes, strict=True))
+        extents = {"h": self.heads, "c": self.columns}
+        atoms = [axis for group in axes for axis in group]
+        result = []
+        for size in sizes[1:]:
+            group = ""
+            while math.prod(extents[a] for a in group) != size and atoms:
+                group += atoms.pop(0)
+            if math.prod(extents[a] for a in group) != size:
+                if axes == ("c",) and self.heads == 1 and len(sizes) == 3 and isinstance(sizes[1], int):
+                    raise _Finer(sizes[1], sizes[2])
+                raise Unfit("a view that cuts an axis")
+            result.append(group)
+        if atoms:
+            raise Unfit("a view that cuts an axis")
+        return tuple(result)
+
+
+def region(
+    end: fx.Node,
+    value: fx.Node,
+    kind: str,
+    by: Index,
+    nodes: object,
+    taken: Callable[[fx.Node], bool],
+    exact: Callable[[fx.Node], bool],
+) -> Region:
+    """Writes the region that ends with `end`, which is made of the rows of `value`.
+
+    Args:
+        kind: as in `Output`.
+
+    Raises:
+        Unfit: it can't be written as a program.
+    """
+    sizes = value.meta["val"].shape[1:]
+    if not all(isinstance(size, int) for size in sizes):
+        raise Unfit("the number of columns is symbolic")
+    wide = [size for size in sizes if size != 1]
+    if len(wide) > 2:
+        raise Unfit("rows of three dimensions")
+    heads, columns = (1, *wide)[-2:] if wide else (1, 1)
+    names = iter(("h", "c") if len(wide) == 2 else ("c",))
+    axes = tuple(next(names) if size != 1 else "" for size in sizes)
+    try:
+        return _written(end, value, axes, kind, by, nodes, heads, columns, taken, exact)
+    except _Finer as finer:
+        if kind == "dot":
+            raise Unfit("a sum over heads and columns") from None
+        axes = tuple("hc" if axis else "" for axis in axes)
+        return _written(end, value, axes, kind, by, nodes, *finer.sizes, taken, exact)
+
+
+def _written(
+    end: fx.Node,
+    value: fx.Node,
+    axes: Axes,
+    kind: str,
+    by: Index,
+    nodes: object,
+    heads: int,
+    columns: int,
+    taken: Callable[[fx.Node], bool],
+    exact: Callable[[fx.Node], bool],
+) -> Region:
+    builder = Builder(by, nodes, heads, columns, taken, exact)
+    made = builder.value(value, axes)
+    if not isinstance(made, str):
+        raise Unfit("the same number for all edges")
+    level = _join(*axes)
+    if heads > 1 and "h" not in level:
+        raise Unfit("rows without heads in a region with heads")
+    output = Output(kind, made, level.replace("c", "") if kind == "dot" else level, str(end.meta["val"].dtype)[6:])
+    program = Program(tuple(builder.operands), tuple(builder.steps), (output,))
+    return Region(end, by, heads, columns, program, builder.indices, builder.nodes_read, builder.inside, builder.masks)
+
+
+def is_computable(node: fx.Node) -> bool:
+    """Whether a program can do what a node does to its arguments."""
+    if node.target in SHAPES or node.target is aten.expand.default or node.target in SAME:
+        return isinstance(node.args[0], fx.Node)
+    if node.target not in POINTWISE or not is_tensor(node):
+        return False
+    op, dtype = POINTWISE[node.target], node.meta["val"].dtype
+    if op == "float":
+        return dtype in FLOATS and is_tensor(node.args[0]) and node.args[0].meta["val"].dtype in (*FLOATS, torch.bool)  # type: ignore[arg-type, union-attr]
+    arguments = [a.meta["val"].dtype for a in node.args if isinstance(a, fx.Node) and is_tensor(a)]
+    if node.kwargs or any(d not in (*FLOATS, torch.bool) for d in arguments):
+        return False
+    if op in ("and", "or", "not"):
+        return all(d is torch.bool for d in arguments)
+    return dtype in FLOATS or op in COMPARING
+
+
+def _constant(node: fx.Node) -> float | None:
+    """The number that a node fills a tensor with."""
+    while node.target is aten.expand.default:
+        node = node.args[0]  # type: ignore[assignment]
+    match node:
+        case fx.Node(target=aten.full.default, args=(_, bool() | int() | float() as number)):
+            return float(number)
+        case fx.Node(target=aten.scalar_tensor.default, args=(bool() | int() | float() as number,)):
+            return float(number)
+    return None
+
+
+def _is_scaled_mask(node: fx.Node) -> bool:
+    """Whether a node is a mask as numbers, perhaps times a number, as dropout makes it: the mask is read instead."""
+    match node:
+        case fx.Node(target=prims.convert_element_type.default, args=(fx.Node() as mask, _)):
+            return is_tensor(mask) and mask.meta["val"].dtype is torch.bool and is_computable(node)
+        case fx.Node(target=aten.mul.Tensor, args=(fx.Node() as mask, int() | float())):
+            return _is_scaled_mask(mask)
+    return False
+
+
+def _join(*levels: str) -> str:
+    """The axes that any of some levels has."""
+    return ("h" if any("h" in level for level in levels) else "") + (
+        "c" if any("c" in level for level in levels) else ""
+    )

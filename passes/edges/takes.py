@@ -1,0 +1,135 @@
+"""How message passing is written in aten: rows of nodes taken for every edge, and rows of edges added up by node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..graph import _torch
+from ..graph.split import is_tensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Index:
+    """The node at one end of every edge: a row of a tensor of (2, edges), or all of a tensor, with a row of -1."""
+
+    tensor: fx.Node
+    row: int
+
+    @property
+    def edges(self) -> object:
+        """The number of edges."""
+        return self.tensor.meta["val"].shape[-1]
+
+
+@dataclass(frozen=True)
+class Take:
+    """The rows of `matrix` that an index names."""
+
+    matrix: fx.Node
+    index: Index
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """The rows of `value`, of (edges, ...), added up by what an index names, or the largest or smallest of them.
+
+    nodes: the number of rows of the result: a number, or the node that is it.
+    """
+
+    kind: str
+    index: Index
+    value: fx.Node
+    nodes: object
+
+
+def index_of(node: object, trailing: int = 0) -> Index | None:
+    """The index that a node is: of rows, or with `trailing` dimensions more along which it is the same."""
+    if not isinstance(node, fx.Node) or not _is_index(node):
+        return None
+    column = _unwrapped(node, (aten.expand.default,))
+    sizes = column.meta["val"].shape
+    if len(sizes) != 1 + trailing or not all(_torch.known_true(size == 1) for size in sizes[1:]):
+        return None
+    rows = _unwrapped(column, (aten.view.default, aten.unsqueeze.default))
+    match rows:
+        case fx.Node(target=aten.select.int, args=(fx.Node() as tensor, 0, int() as row)):
+            if tensor.meta["val"].dim() == 2 and row >= 0:
+                return Index(tensor, row)
+    return Index(rows, -1) if rows.meta["val"].dim() == 1 else None
+
+
+def _unwrapped(node: fx.Node, ops: tuple[object, ...]) -> fx.Node:
+    """What a node is made of by some ops that leave the number of rows as it is."""
+    while node.target in ops and isinstance(source := node.args[0], fx.Node) and _same_length(node, source):
+        node = source
+    return node
+
+
+def take_of(node: fx.Node) -> Take | None:
+    """What rows a node takes, or None where it does something else."""
+    match node:
+        case fx.Node(target=aten.index.Tensor, args=(fx.Node() as matrix, [by])):
+            index = index_of(by)
+        case fx.Node(target=aten.index_select.default, args=(fx.Node() as matrix, 0, by)):
+            index = index_of(by)
+        case fx.Node(target=aten.gather.default, args=(fx.Node() as matrix, 0, by)):
+            trailing = matrix.meta["val"].dim() - 1
+            index = index_of(by, trailing) if _same_sizes(node, matrix, 1) else None
+        case _:
+            return None
+    return None if index is None or node.kwargs else Take(matrix, index)
+
+
+def reduction_of(node: fx.Node) -> Reduction | None:
+    """What a node sums up by an index of rows, into zeros, or None where it does something else."""
+    kind = "sum"
+    match node:
+        case fx.Node(target=aten.index_put.default, args=(fx.Node() as zeros, [by], fx.Node() as value, True)):
+            index = index_of(by)
+        case fx.Node(target=aten.index_add.default, args=(fx.Node() as zeros, 0, by, fx.Node() as value)):
+            index = None if node.kwargs else index_of(by)
+        case fx.Node(target=aten.scatter_add.default, args=(fx.Node() as zeros, 0, by, fx.Node() as value)):
+            index = index_of(by, value.meta["val"].dim() - 1) if _all_of(by, value) else None
+        case fx.Node(
+            target=aten.scatter_reduce.two, args=(fx.Node() as zeros, 0, by, fx.Node() as value, str() as name)
+        ) if name in ("sum", "amax", "amin"):
+            kind = name.removeprefix("a")
+            index = index_of(by, value.meta["val"].dim() - 1) if _all_of(by, value) else None
+            if kind != "sum" and node.kwargs.get("include_self", True):
+                return None
+        case _:
+            return None
+    if index is None or not _is_zero(zeros) or not _same_sizes(node, value, 1):
+        return None
+    if not _torch.known_true(value.meta["val"].shape[0] == index.edges):
+        return None  # one row, put at several places
+    return Reduction(kind, index, value, zeros.args[0][0])  # type: ignore[index]
+
+
+def _is_index(node: fx.Node) -> bool:
+    return is_tensor(node) and node.meta["val"].dtype in (torch.int64, torch.int32)
+
+
+def _same_length(node: fx.Node, other: fx.Node) -> bool:
+    sizes, others = node.meta["val"].shape, other.meta["val"].shape
+    return len(sizes) > 0 and len(others) > 0 and _torch.known_true(sizes[0] == others[0])
+
+
+def _same_sizes(node: fx.Node, other: fx.Node, start: int) -> bool:
+    """Whether two tensors have the same sizes from dimension `start` on."""
+    sizes, others = node.meta["val"].shape[start:], other.meta["val"].shape[start:]
+    return len(sizes) == len(others) and all(_torch.known_true(a == b) for a, b in zip(sizes, others, strict=True))
+
+
+def _all_of(index: object, value: fx.Node) -> bool:
+    """Whether an index of elements says where each element of a value goes."""
+    return isinstance(index, fx.Node) and is_tensor(index) and _same_sizes(index, value, 0)
+
+
+def _is_zero(node: fx.Node) -> bool:
+    return node.target is aten.full.default and node.args[1] in (0, 0.0)
