@@ -1,6 +1,5 @@
 """The whole pipeline, top to bottom: from a joint graph to the rewritten graphs, and to a backend."""
 
-import copy
 import functools
 import hashlib
 import os
@@ -29,6 +28,7 @@ from actcompile.passes.spare.apart import apart
 from actcompile.passes.spare.commute import commute
 from actcompile.passes.spare.dropout import dropout, redraw
 from actcompile.passes.spare.masks import masks
+from actcompile.passes.spare.narrow import narrow
 from actcompile.passes.spare.rebuild import rebuild
 from actcompile.passes.spare.replay import replay
 from actcompile.passes.spare.views import views
@@ -63,7 +63,7 @@ def partition(
     """
     if config.fast_dropout:
         dropout(joint, num_fwd_outputs)
-    plain = fx.GraphModule(joint, copy.deepcopy(joint.graph)) if config.fuse else joint
+    plain = _copied(joint) if config.fuse else joint
     fused = fuse(joint, num_fwd_outputs, config, options)
     split = cut(joint, inputs, num_fwd_outputs, situation, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
@@ -83,6 +83,13 @@ def partition(
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    graph.output_node().meta.update(module.graph.output_node().meta)
+    return fx.GraphModule(module, graph)
 
 
 def fuse(joint: fx.GraphModule, num_fwd_outputs: int, config: Config, options: Mapping[str, Any]) -> list[Fused]:
@@ -136,6 +143,8 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
         spared += rebuild(split, wanted(), dependences(), kind)
     if config.replay:
         spared += replay(split, wanted(), config.replay)
+    if config.rebuild:
+        narrow(split)
     spared += redraw(split, [a for a in find(split) if a.refusal is None and kind(a.node).compresses(a)])
     saved_apart = apart(split, [a for a in wanted() if kind(a.node).method is None], kind)
     spared = [s for s in spared if s.activation.node not in saved_apart]

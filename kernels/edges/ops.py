@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from .group import MOST, Grouping, group, grouping, has_compiler, row_of
 from .program import REDUCTIONS, Operand, Output, Program, Step, dtype_of, parse, row_size, run_reference, width
 
 RUN = {"run": (P, P, P, P, P, I64, I64, I64, I32)}
+_compilers = ThreadPoolExecutor(2, "actcompile-compile")
+_kernels: dict[str, Future[ctypes.CDLL | None]] = {}
+_lock = Lock()
 ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
 
 
@@ -125,10 +130,17 @@ def _(by, by_row, nodes):
     return by.new_empty(nodes + 1, dtype=torch.int32), by.new_empty(by.shape[-1], dtype=torch.int32)
 
 
-@lru_cache(maxsize=1024)
 def compiled(text: str) -> ctypes.CDLL | None:
     """The library of a program's kernel; None where it can't be compiled."""
-    return compile_source(generate(text), RUN)
+    return prepare(text).result()
+
+
+def prepare(text: str) -> Future[ctypes.CDLL | None]:
+    """Begins to compile a program's kernel, beside what else goes on, unless that has begun already."""
+    with _lock:
+        if text not in _kernels:
+            _kernels[text] = _compilers.submit(lambda: compile_source(generate(text), RUN))
+        return _kernels[text]
 
 
 def _run(

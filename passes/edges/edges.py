@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from actcompile.kernels.edges.ops import aggregation, prepare
+
 from ..graph import _torch
 from ..graph.bodies import BODY
 from ..graph.split import call, inherit_origin, is_tensor, writes
@@ -219,6 +221,8 @@ class _Fusing:
             by, row = reduction.index.tensor, reduction.index.row
             grouped = self._grouped(reduction.index, reduction.nodes, node)
             matrix, other = self._now(take.matrix), take.index
+            dtypes = (str(n.meta["val"].dtype)[6:] if n else None for n in (matrix, weight))
+            prepare(aggregation(*dtypes))  # type: ignore[arg-type]
             return call(
                 self.graph, ops.aggregate.default, matrix, weight and self._now(weight), other.tensor, other.row, by,
                 row, reduction.nodes, grouped, like=node,
@@ -233,10 +237,12 @@ class _Fusing:
         graph, end = self.graph, made.end
         kind = made.program.outputs[0].kind
         reduction = reduction_of(end)
+        program = made.program.dump()
+        prepare(program)  # while the rest is compiled
         with graph.inserting_before(end):
             nodes = reduction.nodes if reduction is not None else self._rows(end)
             result = call(
-                graph, ops.edges.default, made.program.dump(), made.by.tensor, made.by.row, nodes, made.heads,
+                graph, ops.edges.default, program, made.by.tensor, made.by.row, nodes, made.heads,
                 made.columns, [i.tensor for i in made.indices], [i.row for i in made.indices],
                 [self._now(n) for n in made.operands], self._grouped(made.by, nodes, end), like=end,
             )  # fmt: skip

@@ -33,7 +33,10 @@ from torch._dynamo.eval_frame import (
     OptimizedModule,  # what torch.compile(module) returns
     innermost_backend,
 )
-from torch._dynamo.exc import RestartAnalysis  # not an error: has Dynamo trace a frame once more
+from torch._dynamo.exc import (
+    RestartAnalysis,  # not an error: has Dynamo trace a frame once more
+    Unsupported,  # Dynamo can't make graphs of a function, and leaves it to Python
+)
 from torch._dynamo.guards import install_guard
 from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
 from torch._dynamo.utils import graph_break_reasons
@@ -130,6 +133,7 @@ __all__ = [
     "RestartAnalysis",
     "ShapeEnv",
     "StorageWeakRef",
+    "Unsupported",
     "UnsupportedFakeTensorException",
     "V",
     "aot_autograd",

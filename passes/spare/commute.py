@@ -220,23 +220,30 @@ def _copy(split: Split, node: fx.Node, made: dict[fx.Node, fx.Node], names: Name
     if op is None:
         summands = [made[term] for term, _ in terms(node, names)]
         return summands[0] if len(summands) == 1 else call(graph, aten.add.Tensor, *summands, like=node)
+    if op.kind not in ("take", "sum"):
+        return copy_row_op(graph, node, made, names)
     matrix, by = made[op.matrix], op.by
+    if by.meta["val"].dim() == 2:  # type: ignore[union-attr]
+        by = call(graph, aten.squeeze.dims, by, [1], like=node)
+    if op.kind == "take":
+        return call(graph, aten.index.Tensor, matrix, [by], like=node)
+    size = [split.size_in_backward(value.shape[0]), matrix.meta["val"].shape[1]]
+    zeros = call(graph, aten.full.default, size, 0.0, like=node)
+    zeros.kwargs = {"dtype": value.dtype, "device": value.device}
+    zeros.meta["val"] = zeros.meta["val"].to(value.dtype)
+    return call(graph, aten.index_put.default, zeros, [by], matrix, True, like=node)
+
+
+def copy_row_op(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, fx.Node], names: Names) -> fx.Node:
+    """Makes a map of rows, other than a take or a sum alone, again for what `made` has in its matrix's place."""
+    op = row_op(node, names)
+    assert op is not None
+    matrix = made[op.matrix]
     if op.kind.startswith("spmm"):
         return call(graph, node.target, *node.args[:3], matrix, *node.args[4:], like=node)
     if op.kind == "aggregate":
         return call(graph, node.target, matrix, *node.args[1:], like=node)
-    if op.kind in ("take", "sum") and by.meta["val"].dim() == 2:  # type: ignore[union-attr]
-        by = call(graph, aten.squeeze.dims, by, [1], like=node)
-    match op.kind:
-        case "take":
-            return call(graph, aten.index.Tensor, matrix, [by], like=node)
-        case "sum":
-            size = [split.size_in_backward(value.shape[0]), matrix.meta["val"].shape[1]]
-            zeros = call(graph, aten.full.default, size, 0.0, like=node)
-            zeros.kwargs = {"dtype": value.dtype, "device": value.device}
-            zeros.meta["val"] = zeros.meta["val"].to(value.dtype)
-            return call(graph, aten.index_put.default, zeros, [by], matrix, True, like=node)
-    return call(graph, node.target, matrix, by, like=node)
+    return call(graph, node.target, matrix, op.by, like=node)
 
 
 def _move_behind(node: fx.Node) -> None:
