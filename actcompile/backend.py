@@ -61,9 +61,9 @@ def partition(
         only: where given, the keys of the activations that may be rounded; all others are exact.
         situation: which part of a call the graph is.
     """
-    plain = _copied(joint) if config.fuse else joint
     if config.fast_dropout:
         dropout(joint, num_fwd_outputs)
+    plain = _copied(joint) if config.fuse else joint
     fused = fuse(joint, num_fwd_outputs, config, options)
     split = cut(joint, inputs, num_fwd_outputs, situation, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
@@ -143,9 +143,9 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
         spared += rebuild(split, wanted(), dependences(), kind)
     if config.replay:
         spared += replay(split, wanted(), config.replay)
-    spared += redraw(split, [a for a in find(split) if a.refusal is None and kind(a.node).compresses(a)])
     if config.rebuild:
         narrow(split)
+    spared += redraw(split, [a for a in find(split) if a.refusal is None and kind(a.node).compresses(a)])
     saved_apart = apart(split, [a for a in wanted() if kind(a.node).method is None], kind)
     spared = [s for s in spared if s.activation.node not in saved_apart]
     offer(split, [a for a in wanted() if kind(a.node).standardise])
