@@ -96,12 +96,12 @@ def compiled_module() -> nn.Module | None:
 def breaks(gm: fx.GraphModule) -> list[str]:
     """Why the graph that is being compiled is not the whole call, as far as the graph and the stack tell."""
     reason = graph_break_of(gm)
-    found = list(describe_breaks([reason], [])) if reason is not None else []
+    found = list(describe_breaks([reason])) if reason is not None else []
     frame, wrapper = sys._getframe(1), _wrapper()
     while wrapper is not None and frame is not wrapper and frame.f_back is not None:
         code = frame.f_code
         if code not in convert_frame.output_codes and not code.co_filename.startswith((TORCH, OURS)):
-            found.append(describe_whole(f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"))
+            found.append(describe_whole(code))
         frame = frame.f_back
     return found
 

@@ -97,7 +97,7 @@ class _Check:
 
     def __init__(self, task: Task, config: Config, seeds: int) -> None:
         self.task, self.config, self.seeds = task, config, seeds
-        with Variant(task, None, inner=config.inner) as variant:
+        with Variant(task, config, plain=True) as variant:
             outputs, self.plain = variant.step()
             _require_repeatable(outputs, variant.step()[0])
         with Variant(task, config, only=frozenset()) as variant:

@@ -25,6 +25,7 @@ from ._capture import capture_sizes
 from ._last_run import LastRun
 from ._trace import _region, _undisturbed
 from .api import compile_calls, compile_watched
+from .backend import compile_plain
 from .config import Config
 from .report import GraphReport, Row
 
@@ -89,13 +90,12 @@ class Variant:
     """A copy of a task's model, compiled, whose steps give gradients.
 
     Args:
-        config: how activations are kept; None compiles without any of our passes, with the inner compiler `inner`.
+        config: how activations are kept.
         only: keys of the activations that may be rounded; None for all.
+        plain: compiles with the same inner compiler and the same dropout, but without any of our passes.
     """
 
-    def __init__(
-        self, task: Task, config: Config | None, only: frozenset[str] | None = None, inner: str = "aot_eager"
-    ) -> None:
+    def __init__(self, task: Task, config: Config, only: frozenset[str] | None = None, *, plain: bool = False) -> None:
         self.task = task
         self.graphs = Graphs()
         try:
@@ -110,8 +110,8 @@ class Variant:
 
         @capture_sizes
         def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-            if config is None:
-                return _torch.compile_plain(gm, inputs, inner)
+            if plain:
+                return compile_plain(gm, inputs, config)
             compiled, runs = compile_watched(gm, inputs, config, only)
             self.graphs.runs += runs
             self.graphs.names += [[names.get(id(tensor)) for tensor in inputs]] * len(runs)

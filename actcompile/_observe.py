@@ -17,6 +17,7 @@ from actcompile.passes.codecs.standardise import columns_alike, standard
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import memory_order
 from actcompile.passes.plan.plan import Choice
+from actcompile.passes.spare.dropout import dropout
 
 from . import _trace
 from .backend import cut, decide, fuse
@@ -53,6 +54,8 @@ def observed(
         def partition(
             joint: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int, **keywords: Any
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
+            if made.fast_dropout:
+                dropout(joint, num_fwd_outputs)
             fuse(joint, num_fwd_outputs, made, keywords)
             split = cut(joint, joint_inputs, num_fwd_outputs, **keywords)
             chosen = decide(split, made.policy(), made)[0].choices

@@ -9,20 +9,24 @@ graph breaks with tensors that have the right shapes and a ``grad_fn``.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from actcompile.passes.graph._torch import (
+    ConvertFrameAssert,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
@@ -30,6 +34,7 @@ from actcompile.passes.graph._torch import (
     IntInfinity,
     OptimizedModule,
     ShapeEnv,
+    Unsupported,
     UnsupportedFakeTensorException,
     bound_sympy,
     convert_frame,
@@ -48,6 +53,9 @@ Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
 _NO_VALUE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 # What torch says, as a plain RuntimeError or the like, when Python reaches for the data of a tensor that has none.
 _NO_VALUE_TEXTS = ("data pointer", "not supported for tensor subclasses")
+
+# The functions that a trace could not make graphs of; None while nothing is traced.
+_left_to_python: ContextVar[list[CodeType] | None] = ContextVar("actcompile_left_to_python", default=None)
 
 
 @dataclass(frozen=True)
@@ -256,8 +264,8 @@ def _region(compiled: Any) -> int:
 def _undisturbed(backend: Backend, region: int) -> Iterator[Callable[[], tuple[str, ...]]]:
     """Puts back what a compilation leaves behind in this process; yields a function that gives its graph breaks."""
     first_break = len(graph_break_reasons)
-    skips_before = getattr(eval_frame.dynamo_tls, "skip_reasons", None)  # 2.11 notes none
-    eval_frame.dynamo_tls.skip_reasons = []
+    left_to_python: list[CodeType] = []
+    token = _left_to_python.set(left_to_python)
     pgo.get_code_state()
     # Sizes seen before decide what is dynamic: start from them, but do not add to them.
     sizes_seen, sizes_loaded = pgo._CODE_STATE, pgo._INIT_CODE_STATE
@@ -272,14 +280,14 @@ def _undisturbed(backend: Backend, region: int) -> Iterator[Callable[[], tuple[s
     }
     try:
         with dynamo_config.patch(**own):
-            yield lambda: describe_breaks(graph_break_reasons[first_break:], eval_frame.dynamo_tls.skip_reasons or [])
+            yield lambda: describe_breaks(graph_break_reasons[first_break:], left_to_python)
     finally:
         torch.set_rng_state(rng)
         random.setstate(python_rng)
         if numpy:
             numpy.random.set_state(numpy_rng)
         pgo._CODE_STATE, pgo._INIT_CODE_STATE = sizes_seen, sizes_loaded
-        eval_frame.dynamo_tls.skip_reasons = skips_before
+        _left_to_python.reset(token)
         del graph_break_reasons[first_break:]
         _drop_cache_entries(backend, region)
 
@@ -316,16 +324,38 @@ def _describe_stop(error: Exception) -> str:
     return f"{where}Python needs a value that only a real run has ({type(error).__name__}: {error})"
 
 
-def describe_breaks(reasons: list[Any], skips: list[str]) -> tuple[str, ...]:
+def describe_breaks(reasons: list[Any], whole: Sequence[CodeType] = ()) -> tuple[str, ...]:
     breaks = []
     for reason in reasons:
         where = f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}: " if reason.user_stack else ""
         breaks.append(where + reason.reason.strip().splitlines()[0])
     # A break inside a loop has no reason object: Dynamo leaves the whole function to Python.
-    whole = [s.rpartition(":")[0] for s in skips if "error was suppressed" in s]
     breaks += map(describe_whole, whole)
     return tuple(dict.fromkeys(breaks))
 
 
-def describe_whole(function: str) -> str:
+def describe_whole(code: CodeType) -> str:
+    function = f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
     return f"{function}: not traced as a whole (a graph break in a loop, for one); what it calls is"
+
+
+def _noting(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """`ConvertFrameAssert.__call__`, which raises `Unsupported` where Dynamo leaves a whole function to Python.
+
+    Dynamo itself notes these only from 2.13 on. What was compiled too often has a strategy, and keeps its graphs.
+    """
+
+    @functools.wraps(convert)
+    def call(self: ConvertFrameAssert, frame: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return convert(self, frame, *args, **options)
+        except Unsupported as error:
+            noted = _left_to_python.get()
+            if noted is not None and error.frame_exec_strategy is None:
+                noted.append(frame.f_code)
+            raise
+
+    return call
+
+
+ConvertFrameAssert.__call__ = _noting(ConvertFrameAssert.__call__)  # type: ignore[method-assign]

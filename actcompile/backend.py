@@ -26,6 +26,7 @@ from actcompile.passes.graph.split import Split
 from actcompile.passes.plan.plan import Plan, Policy, plan
 from actcompile.passes.spare.apart import apart
 from actcompile.passes.spare.commute import commute
+from actcompile.passes.spare.dropout import dropout, redraw
 from actcompile.passes.spare.masks import masks
 from actcompile.passes.spare.narrow import narrow
 from actcompile.passes.spare.rebuild import rebuild
@@ -60,6 +61,8 @@ def partition(
         only: where given, the keys of the activations that may be rounded; all others are exact.
         situation: which part of a call the graph is.
     """
+    if config.fast_dropout:
+        dropout(joint, num_fwd_outputs)
     plain = _copied(joint) if config.fuse else joint
     fused = fuse(joint, num_fwd_outputs, config, options)
     split = cut(joint, inputs, num_fwd_outputs, situation, **options)
@@ -142,6 +145,7 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
         spared += replay(split, wanted(), config.replay)
     if config.rebuild:
         narrow(split)
+    spared += redraw(split, [a for a in find(split) if a.refusal is None and kind(a.node).compresses(a)])
     saved_apart = apart(split, [a for a in wanted() if kind(a.node).method is None], kind)
     spared = [s for s in spared if s.activation.node not in saved_apart]
     offer(split, [a for a in wanted() if kind(a.node).standardise])
@@ -193,7 +197,7 @@ class Partitioner(_torch.CustomPartitionerFn):
         self.config, self.situation, self.only = config, situation, only
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Partitioner, (self.config, self.situation, self.only)
+        return type(self), (self.config, self.situation, self.only)
 
     def uuid(self) -> tuple[str, ...]:
         only = repr(self.only and sorted(self.only))
@@ -203,6 +207,20 @@ class Partitioner(_torch.CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         return partition(gm, joint_inputs, config=self.config, situation=self.situation, only=self.only, **kwargs)
+
+
+class PlainPartitioner(Partitioner):
+    """torch's own cut, and none of our passes but that on dropout: it drops what `Partitioner` drops."""
+
+    def uuid(self) -> tuple[str, ...]:
+        return "actcompile, plain", source_hash(), repr(self.config.fast_dropout)
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if self.config.fast_dropout:
+            dropout(gm, kwargs["num_fwd_outputs"])
+        return _torch.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
 
 def compile_graph(
@@ -216,24 +234,32 @@ def compile_graph(
     """
     partitioner = Partitioner(config, situation(gm, inputs), only)
     guard_on_mode()
-    if config.inner == "aot_eager":
-        compiler = _torch.aot_autograd(
-            fw_compiler=_torch.boxed_nop,
-            bw_compiler=_torch.boxed_nop,
-            partition_fn=partitioner,
-            decompositions=_torch.select_decomp_table(),
-            keep_inference_input_mutations=True,
-        )
-        with recording() as reports:
-            return _noted(compiler(gm, inputs), reports), reports
-    check_compilers(inputs)
     with recording() as reports:
-        compiled: Any = _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": partitioner})
+        compiled = _compile(gm, inputs, partitioner)
     if not reports:  # from the cache, where the report is too, or a graph without backward
         cached = _report_cache.attached(compiled)
         if cached is not None:
             reports = [GraphReport.from_dict(cached)]
     return _noted(compiled, reports), reports
+
+
+def compile_plain(gm: fx.GraphModule, inputs: list[Any], config: Config) -> Callable[..., Any]:
+    """Compiles one graph with `config.inner` and no pass of ours, but with the dropout of `compile_graph`."""
+    return _compile(gm, inputs, PlainPartitioner(config))
+
+
+def _compile(gm: fx.GraphModule, inputs: list[Any], partitioner: Partitioner) -> Any:
+    if partitioner.config.inner == "inductor":
+        check_compilers(inputs)
+        return _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": partitioner})
+    compiler = _torch.aot_autograd(
+        fw_compiler=_torch.boxed_nop,
+        bw_compiler=_torch.boxed_nop,
+        partition_fn=partitioner,
+        decompositions=_torch.select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )
+    return compiler(gm, inputs)
 
 
 def _noted(compiled: Callable[..., Any], reports: list[GraphReport]) -> Callable[..., Any]:

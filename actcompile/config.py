@@ -93,6 +93,8 @@ class Config:
             from the norm's input; a layer's aggregate, where it can aggregate the gradient instead.
         replay: what a first layer makes of the model's inputs is not saved but computed again in backward, exactly, as
             long as that takes at most this share of the forward's work: one layer of three fits 0.4; 0 for never.
+        fast_dropout: on the CPU, what dropout drops is hashed from a seed, ten times as fast as drawn numbers, and made
+            anew in backward; False leaves torch's own random numbers.
         standardise: what a BatchNorm reads, or a linear layer returns, is rounded after each column was brought to mean
             0 and deviation 1, so that no column has more noise for its width than another.
         fitted: levels fitted to single activations, as `calibrate` returns them.
@@ -126,6 +128,7 @@ class Config:
     method: Rule | None = None
     rebuild: bool = True
     replay: float = 0.4
+    fast_dropout: bool = True
     standardise: bool = True
     fuse: bool = True
     fitted: tuple[tuple[str, str], ...] = ()
@@ -137,7 +140,7 @@ class Config:
         _one_of("metadata", self.metadata, tuple(METADATA))
         _one_of("inner", self.inner, ("inductor", "aot_eager"))
         _one_of("when", self.when, ("training", "always"))
-        for name in ("rebuild", "standardise", "fuse"):
+        for name in ("rebuild", "fast_dropout", "standardise", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.replay, (int, float)) or isinstance(self.replay, bool) or not 0 <= self.replay <= 1:
@@ -228,8 +231,8 @@ def _with_rule(policy: Policy, rule: Rule) -> Policy:
 def exact() -> Config:
     """EXACT (Liu et al., ICLR 2022): a random projection to one in eight columns, one block to a row, 2 bits.
 
-    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16. Nothing is rebuilt, replayed or
-    standardised.
+    BatchNorm's input is not projected; masks take one bit; metadata are bfloat16. Nothing is rebuilt, replayed, drawn
+    again or standardised.
     """
     return Config(
         bits=2,
@@ -241,6 +244,7 @@ def exact() -> Config:
         projection=8,
         rebuild=False,
         replay=0,
+        fast_dropout=False,
         standardise=False,
     )
 

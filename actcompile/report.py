@@ -15,13 +15,14 @@ from actcompile.passes.graph.find import SavedActivation
 from actcompile.passes.graph.split import Split, is_size, is_tensor, root
 from actcompile.passes.plan.plan import Choice, Plan, is_constant
 from actcompile.passes.spare.commute import Commuted
+from actcompile.passes.spare.dropout import Redrawn, is_of_dropout, is_seed
 from actcompile.passes.spare.rebuild import Rebuilt
 from actcompile.passes.spare.replay import Replayed
 from actcompile.passes.spare.views import Viewed
 
 from ._call import Handed, Situation
 
-Spared = Commuted | Rebuilt | Replayed | Viewed
+Spared = Commuted | Rebuilt | Redrawn | Replayed | Viewed
 """An activation that backward does without, and why."""
 
 
@@ -299,6 +300,8 @@ def _why_added(a: SavedActivation, fused: bool) -> str:
         return "read by fused message passing"
     if a.value.is_floating_point():
         return "saved beside what it is made of, so that no rounded element meets itself"
+    if is_seed(a.node):
+        return "seeds of dropout, of which backward makes its masks anew"
     return "taken in forward, so that no rounded value decides it"
 
 
@@ -362,7 +365,8 @@ def _facts(a: SavedActivation) -> dict[str, Any]:
 
 
 def _ours(node: fx.Node) -> bool:
-    return str(node.target).startswith("actcompile.")
+    """Whether a node is of our making, and does not stand for the model's own dropout."""
+    return str(node.target).startswith("actcompile.") and not is_of_dropout(node)
 
 
 def _nodes(graph: fx.Graph, inserted: Callable[[fx.Node], bool]) -> tuple[GraphNode, ...]:

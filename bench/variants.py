@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch_geometric.utils import to_torch_csr_tensor
 
 import actcompile
-from actcompile import cast, low_rank, prune, sample_rows
+from actcompile import cast, keep, low_rank, prune, sample_rows
 from actcompile.config import GROUPS
 from bench import _torch
 from bench.workload import Prepare
@@ -77,6 +78,27 @@ def _budget_fifth(model: nn.Module) -> Callable[..., Tensor]:
     return torch.compile(model)
 
 
+@variant("budget-0.1", "torch.compile, activation_memory_budget 0.1")
+def _budget_tenth(model: nn.Module) -> Callable[..., Tensor]:
+    _torch.set_recompute_budget(0.1)
+    return torch.compile(model)
+
+
+@variant("eager-csr", "no compiler, the edges as a torch.sparse CSR adjacency", compiled=False)
+def _eager_csr(model: nn.Module) -> Callable[..., Tensor]:
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def run(x: Tensor, edge_index: Tensor, *rest: Tensor) -> Tensor:
+        if rest:
+            raise ValueError("a CSR adjacency holds one number for each edge; this model has more to say of its edges")
+        if id(edge_index) not in known:
+            adjacency = to_torch_csr_tensor(edge_index, size=(x.shape[0], x.shape[0]))
+            known[id(edge_index)] = edge_index, adjacency.t().to_sparse_csr()
+        return model(x, known[id(edge_index)][1])
+
+    return run
+
+
 @variant("checkpoint", "torch.utils.checkpoint of every layer, under torch.compile", checkpointed=True)
 def _checkpoint(model: nn.Module) -> Callable[..., Tensor]:
     return torch.compile(model)
@@ -117,6 +139,10 @@ ALONE: dict[str, Any] = {"replay": 0, "nonlinear_bits": 4, "block": 256, "metada
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "lossless": ("lossless codecs only", {"bits": None, "nonlinear_bits": None}),
     "default": ("its defaults", {}),
+    "fused-only": (
+        "message passing fused, nothing compressed",
+        {"rules": {"*": keep()}, "replay": 0, "rebuild": False},
+    ),
     "4-bit": ("4 bits for every float", {"bits": 4}),
     "no-replay": ("its defaults, but the first layer is saved, not done again", {"replay": 0}),
     "smallest": ("preset smallest", {"preset": "smallest"}),
@@ -143,7 +169,7 @@ def _actcompile(fields: dict[str, Any]) -> Prepare:
 
 for _name, (_note, _fields) in OURS.items():
     _rounded = _name in ("default", "4-bit", "no-replay")
-    _limit = EXACT if _name == "lossless" else ROUNDED if _rounded else NOISY
+    _limit = EXACT if _name in ("lossless", "fused-only") else ROUNDED if _rounded else NOISY
     variant(_name, f"actcompile, {_note}", _limit)(_actcompile(_fields))
 
 

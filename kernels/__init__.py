@@ -7,6 +7,7 @@ from .baselines.projection import projection_nbytes, rademacher, rademacher_aten
 from .baselines.prune import prune, prune_nbytes, restore_pruned
 from .baselines.sample_rows import restore_rows, sample_rows, sample_rows_nbytes
 from .bits.lossless import narrow, pack_bits, unpack_bits, widen
+from .bits.random_mask import random_mask
 from .blocks.format import BlockFormat, bit_words
 from .blocks.quantize import dequantize, quantize
 from .blocks.random_bits import draw_seed
@@ -36,6 +37,7 @@ __all__ = [
     "quantize",
     "rademacher",
     "rademacher_aten",
+    "random_mask",
     "restore_fp8",
     "restore_low_rank",
     "restore_pruned",

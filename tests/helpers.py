@@ -17,6 +17,7 @@ from actcompile.passes.graph.bias import bias
 from actcompile.passes.graph.find import find
 from actcompile.passes.graph.split import Split
 from actcompile.passes.plan.plan import Plan, plan
+from actcompile.passes.spare.dropout import dropout
 from actcompile.passes.spare.masks import masks
 from actcompile.passes.write.rewrite import rewrite
 from bench.models import build
@@ -110,11 +111,15 @@ def assert_close(ours: list[Any], reference: list[Any], within: float) -> None:
 
 
 def uncompressed(function: Any, transform: Pass | None = None, **options: Any) -> Any:
-    """`function` compiled as `inner="aot_eager"` does it, without us; `transform` may change every split."""
+    """`function` compiled as `inner="aot_eager"` does it, without us; `transform` may change every split.
+
+    Only what is dropped is what we drop: outputs and gradients can be compared.
+    """
 
     def partition(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **keywords: Any) -> Any:
         names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
         parameters = [names[i] for i in keywords["static_lifetime_input_indices"]]
+        dropout(joint, num_fwd_outputs)
         forward, backward = min_cut_rematerialization_partition(
             joint, inputs, num_fwd_outputs=num_fwd_outputs, **keywords
         )

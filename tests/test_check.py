@@ -131,11 +131,12 @@ def test_nothing_of_the_users_is_touched(compressed: bool) -> None:
     assert check(model, *inputs, options=SAVED, seeds=8) == first
 
 
-def test_dropout_draws_the_same_however_much_is_rounded() -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_dropout_draws_the_same_however_much_is_rounded(fast: bool) -> None:
     from actcompile.config import Config
 
-    task = Task(Mlp(dropout=0.5), (torch.randn(64, 16),), {}, None)
-    with Variant(task, None) as plain, Variant(task, Config(**SAVED)) as rounded:
+    task, config = Task(Mlp(dropout=0.5), (torch.randn(64, 16),), {}, None), Config(**SAVED, fast_dropout=fast)
+    with Variant(task, config, plain=True) as plain, Variant(task, config) as rounded:
         outputs = [plain.step(0)[0], rounded.step(1)[0], rounded.step(2)[0]]
         gradients = [rounded.step(seed)[1] for seed in (1, 1, 2)]
     assert all(torch.equal(o[0], outputs[0][0]) for o in outputs)

@@ -44,7 +44,8 @@ def test_every_inserted_op_stands_out_and_nothing_else(report: Report) -> None:
     assert {short(n.op) for n in inserted} >= {"draw_seed", "quantize", "dequantize", "pack_bits", "unpack_bits"}
     expected = [f"{n.name} = {n.op}({', '.join(n.inputs)})  {n.shape}".rstrip() for n in inserted]
     assert sorted(highlighted(svg)) == sorted(expected)
-    assert not any("actcompile." in line for line in highlighted(svg, want=False))
+    others = [line for line in highlighted(svg, want=False) if "actcompile." in line]
+    assert all("random_mask" in line or "draw_seed" in line for line in others)  # of the model's own dropout
 
 
 def test_crossings_join_what_belongs_together(report: Report) -> None:

@@ -11,6 +11,7 @@ from bench.cases import (
     minibatch,
     models,
     paper,
+    peers,
     sage_arxiv,
     triton,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "minibatch",
     "models",
     "paper",
+    "peers",
     "sage_arxiv",
     "triton",
 ]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,12 +34,22 @@ Tick = Callable[[str], None]
 
 @case(NAME, "models that people bring, ours and plain torch.compile: compile time, saved bytes, peak, step, gradients")
 def run(options: Options) -> Result:
+    return compare(options, NAME, list(ZOO), COMPARED)
+
+
+def compare(options: Options, case_name: str, known_models: Sequence[str], compared: Sequence[str]) -> Result:
+    """Measures models of the zoo in some variants side by side; a model that was measured is written down at once.
+
+    Args:
+        case_name: also the name of the file of results, with the size behind it.
+        known_models, compared: which models and variants there are; the options choose among them.
+    """
     size = "tiny" if options.quick else options.size
     described = Brought("", size)
-    models = [name for name in ZOO if not options.models or name in options.models]
-    variants, steps = options.pick(COMPARED), options.steps or (3 if options.quick else 9)
+    models = [name for name in known_models if not options.models or name in options.models]
+    variants, steps = options.pick(compared), options.steps or (3 if options.quick else 9)
     settings = {"size": size, "shape": asdict(SIZES[size]), "threads": described.threads, "allocator": TIMING_ALLOCATOR}
-    file = f"{NAME}-{size}"
+    file = f"{case_name}-{size}"
     known = earlier(options.out, file, settings).get("models", {})
     content: Result = {"settings": settings, "models": known}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

@@ -5,7 +5,8 @@ the result with a linear congruential generator and a xor-shift for every furthe
 int32 and wraps around, which torch, Inductor's C++ and Triton do alike; the index wraps after 2**32 words.
 
 Every forward call draws one tensor of seeds, a row of 64 bits for each activation that it quantises. The rows are
-independent: hashing one seed with the activation's number instead left correlations between activations.
+independent: hashing one seed with the activation's number instead left correlations between activations. Dropout, where
+it is hashed (`random_mask`), has a tensor of seeds of its own.
 """
 
 from collections.abc import Iterator
@@ -48,6 +49,15 @@ def _shift_right(h: Tensor, bits: int) -> Tensor:
     return (h >> bits) & ((1 << (32 - bits)) - 1)  # int32's own shift would drag the sign bit along
 
 
+def hash_words(index: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """One int32 of random bits for each int32 of `index`, from both words of a seed."""
+    h = index + first
+    h = (h ^ _shift_right(h, 16)) * signed32(MIX_1)
+    h = h ^ second
+    h = (h ^ _shift_right(h, 13)) * signed32(MIX_2)
+    return h ^ _shift_right(h, 16)
+
+
 def random_words(index: Tensor, seed: Tensor, salt: int, count: int) -> Iterator[Tensor]:
     """Yields `count` int32 tensors of random bits shaped like `index`; byte `i` of word `g` serves plane `4 * g + i`.
 
@@ -56,11 +66,7 @@ def random_words(index: Tensor, seed: Tensor, salt: int, count: int) -> Iterator
         seed: int32 of shape (activations, 2), drawn once per forward call by `draw_seed`.
         salt: the activation's row in `seed`.
     """
-    h = index + seed[salt, 0]
-    h = (h ^ _shift_right(h, 16)) * signed32(MIX_1)
-    h = h ^ seed[salt, 1]
-    h = (h ^ _shift_right(h, 13)) * signed32(MIX_2)
-    h = h ^ _shift_right(h, 16)
+    h = hash_words(index, seed[salt, 0], seed[salt, 1])
     yield h
     for _ in range(count - 1):
         h = h * LCG_MULTIPLIER + LCG_INCREMENT
@@ -69,13 +75,17 @@ def random_words(index: Tensor, seed: Tensor, salt: int, count: int) -> Iterator
 
 
 @torch.library.custom_op("actcompile::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_seed(count: int, device: torch.device) -> Tensor:
-    """Draws the seeds of one forward call from the default generator of `device`, without a sync.
+def draw_seed(count: int, device: torch.device, rounding: bool = True) -> Tensor:
+    """Draws seeds of one forward call from the default generator of `device`, without a sync.
+
+    Args:
+        rounding: what they are for: the rounding of activations, or the model's own dropout, which `rounding_seeded`
+            leaves alone.
 
     Returns:
-        int32 of shape (count, 2): one row for each activation that the call quantises.
+        int32 of shape (count, 2): one row for each activation that the call quantises, or for each dropout.
     """
-    own, generator = _own_generators.get(), None
+    own, generator = _own_generators.get() if rounding else None, None
     if own is not None:
         seed, generators = own
         generator = generators.get(device)
@@ -85,5 +95,5 @@ def draw_seed(count: int, device: torch.device) -> Tensor:
 
 
 @draw_seed.register_fake
-def _(count: int, device: torch.device) -> Tensor:
+def _(count: int, device: torch.device, rounding: bool = True) -> Tensor:
     return torch.empty(count, 2, dtype=torch.int32, device=device)

@@ -36,10 +36,17 @@ class Seeds:
         """The seeds of a device, drawn at the top of forward, and the next unused row."""
         graph = self.split.forward.graph
         if device not in self.nodes:
-            with graph.inserting_after(max(graph.find_nodes(op="placeholder"))):
+            with graph.inserting_after(self.top()):
                 self.nodes[device] = call(graph, ops.draw_seed.default, 1, device)
         self.rows[device] += 1
         return self.nodes[device], self.rows[device] - 1
+
+    def top(self) -> fx.Node:
+        """The last of forward's inputs and seeds, also of those of dropout, which are drawn first: so it drops the same
+        however many activations are rounded."""
+        graph = self.split.forward.graph
+        drawn = graph.find_nodes(op="call_function", target=ops.draw_seed.default)
+        return max([*graph.find_nodes(op="placeholder"), *drawn])
 
     def in_backward(self, device: torch.device) -> fx.Node:
         """The seeds as an input of backward, for what is made anew there."""

@@ -1,6 +1,16 @@
-"""Inductor lowerings of our ops that are plain casts: they fuse with what is around them. All others are called."""
+"""Inductor lowerings of our ops that are loops over elements: they fuse with what is around them.
 
+All others are called.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
 import torch
+
+from actcompile.kernels.bits.random_mask import WORDS
+from actcompile.kernels.blocks.random_bits import MIX_1, MIX_2, signed32
 
 from ..graph import _torch
 
@@ -8,3 +18,36 @@ for cast in (torch.ops.actcompile.narrow.default, torch.ops.actcompile.widen.def
     _torch.register_lowering(cast, type_promotion_kind=None)(
         _torch.lowerings[torch.ops.prims.convert_element_type.default]
     )
+
+
+@_torch.register_lowering(torch.ops.actcompile.random_mask.default, type_promotion_kind=None)
+def _random_mask(seed: Any, salt: int, size: Sequence[Any], threshold: int, below: bool) -> Any:
+    """`random_mask_at`, word by word; torch's C++ makes vectors of it, since a position is affine in the loop's index.
+
+    The high bits of positions, two vectors of 64-bit integers, are left out where no position has any.
+    """
+    load, ops = seed.make_loader(), _torch.loop_ops
+    numel = sympy.Mul(*map(sympy.sympify, size))
+
+    def number(value: int) -> Any:
+        return ops.constant(signed32(value), torch.int32)
+
+    def shift_right(word: Any, bits: int) -> Any:
+        return ops.bitwise_right_shift(word, number(bits)) & number((1 << (32 - bits)) - 1)
+
+    def mask(index: Sequence[Any]) -> Any:
+        position = sympy.Integer(0)
+        for i, length in zip(index, size, strict=True):
+            position = position * length + i
+        first, second = (load([sympy.Integer(salt), sympy.Integer(i)]) for i in range(2))
+        if not _torch.at_most(numel, WORDS):
+            high = ops.bitwise_right_shift(ops.index_expr(position, torch.int64), ops.constant(32, torch.int64))
+            second = second ^ (ops.to_dtype(high, torch.int32) * number(MIX_2))
+        word = ops.index_expr(position, torch.int32) + first
+        word = (word ^ shift_right(word, 16)) * number(MIX_1)
+        word = word ^ second
+        word = (word ^ shift_right(word, 13)) * number(MIX_2)
+        word = word ^ shift_right(word, 16)
+        return word < number(threshold) if below else word >= number(threshold)
+
+    return _torch.Pointwise.create(device=seed.get_device(), dtype=torch.bool, inner_fn=mask, ranges=list(size))

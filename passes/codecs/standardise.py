@@ -119,9 +119,23 @@ def _normed(x: fx.Node) -> Standard | None:
         for result in centred.users:
             if result.target is aten.mul.Tensor and result.args[0] is centred:
                 scale = result.args[1]
-                if _by_column(shift, x) and _by_column(scale, x) and scale.target is aten.rsqrt.default:  # type: ignore[union-attr]
+                by_column = _by_column(shift, x) and _by_column(scale, x) and scale.target is aten.rsqrt.default  # type: ignore[union-attr]
+                if by_column and _made_of(x, shift) and _made_of(x, scale):  # type: ignore[arg-type]
                     return Standard(result, scale, (shift,))  # type: ignore[arg-type]
     return None
+
+
+def _made_of(x: fx.Node, value: fx.Node) -> bool:
+    """Whether a value is computed from `x`; other statistics, such as running ones, need not fit its columns."""
+    seen, todo = {value}, [value]
+    while todo:
+        node = todo.pop()
+        if node is x:
+            return True
+        later = [n for n in node.all_input_nodes if n not in seen and not n < x]
+        seen.update(later)
+        todo += later
+    return False
 
 
 def _by_column(value: object, x: fx.Node) -> bool:

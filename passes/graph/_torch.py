@@ -33,7 +33,10 @@ from torch._dynamo.eval_frame import (
     OptimizedModule,  # what torch.compile(module) returns
     innermost_backend,
 )
-from torch._dynamo.exc import RestartAnalysis  # not an error: has Dynamo trace a frame once more
+from torch._dynamo.exc import (
+    RestartAnalysis,  # not an error: has Dynamo trace a frame once more
+    Unsupported,  # Dynamo can't make graphs of a function, and leaves it to Python
+)
 from torch._dynamo.guards import install_guard
 from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
 from torch._dynamo.utils import graph_break_reasons
@@ -67,9 +70,11 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 
-# How Inductor compiles an op: the casts of ours, which are to fuse like any other.
+# How Inductor compiles an op: the casts and the random masks of ours, which are to fuse like any other.
+from torch._inductor.ir import Pointwise
 from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
+from torch._inductor.virtualized import ops as loop_ops
 
 # What TORCH_TRACE writes and tlparse reads.
 from torch._logging import trace_structured
@@ -124,19 +129,21 @@ __all__ = [
     "IntInfinity",
     "InvalidCxxCompiler",
     "OptimizedModule",
+    "Pointwise",
     "RestartAnalysis",
     "ShapeEnv",
     "StorageWeakRef",
+    "Unsupported",
     "UnsupportedFakeTensorException",
     "V",
     "aot_autograd",
+    "at_most",
     "bound_sympy",
     "bound",
     "boxed_nop",
     "compile_fx",
     "compile_in_place",
     "compiling",
-    "compile_plain",
     "convert_frame",
     "decompose",
     "dispatch_in_traces",
@@ -165,6 +172,7 @@ __all__ = [
     "is_unbacked",
     "largest",
     "least_product",
+    "loop_ops",
     "lowerings",
     "make_boxed_func",
     "makes_sizes",
@@ -177,6 +185,7 @@ __all__ = [
     "pgo",
     "pytree",
     "register_lowering",
+    "same_sizes",
     "saved_descriptor",
     "select_decomp_table",
     "size_hint",
@@ -186,6 +195,7 @@ __all__ = [
     "sympy",
     "trace_artefact",
     "unify",
+    "wants_eager_randomness",
 ]
 
 
@@ -193,6 +203,16 @@ def inductor_partition(joint: Any, inputs: Any, partitioner: Any, **options: Any
     """Inductor's joint passes, then `partitioner`, as inside `compile_fx`, which sets the fake mode that they need."""
     with inductor_config.patch(custom_partitioner_fn=partitioner), V.set_fake_mode(detect_fake_mode(inputs)):
         return partition_fn(joint, inputs, **options)
+
+
+def at_most(size: Any, limit: int) -> bool:
+    """Whether a size in an Inductor lowering, a sympy expression, is known to be no larger for all sizes."""
+    return bool(V.graph.sizevars.statically_known_leq(size, limit))
+
+
+def wants_eager_randomness() -> bool:
+    """Whether Inductor is set to draw the random numbers that eager mode draws."""
+    return bool(inductor_config.fallback_random)
 
 
 def trace_artefact(name: str, encoding: str, payload: Any) -> None:
@@ -222,20 +242,6 @@ def compile_in_place(model: torch.nn.Module, **options: Any) -> Any:
     own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
     model._compiled_call_impl = torch.compile(own, **options)  # type: ignore[assignment]
     return model._compiled_call_impl
-
-
-def compile_plain(gm: torch.fx.GraphModule, inputs: list[Any], inner: str) -> Any:
-    """A graph compiled without us: by Inductor, or run op by op with the same decompositions and torch's own cut."""
-    if inner == "inductor":
-        return compile_fx(gm, inputs)
-    compiler = aot_autograd(
-        fw_compiler=boxed_nop,
-        bw_compiler=boxed_nop,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
-        keep_inference_input_mutations=True,
-    )
-    return compiler(gm, inputs)
 
 
 def compiling() -> bool:
@@ -378,6 +384,11 @@ def most_ratio(sizes: Any, others: Any) -> float:
 def known_true(condition: Any) -> bool:
     """Whether a symbolic condition is true for all sizes; never guards."""
     return statically_known_true(condition)
+
+
+def same_sizes(shape: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two shapes are equal for all sizes; never guards."""
+    return len(shape) == len(other) and all(known_true(a == b) for a, b in zip(shape, other, strict=True))
 
 
 def largest(sizes: Sequence[Any]) -> Any:

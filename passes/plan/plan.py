@@ -80,9 +80,13 @@ class Policy:
     fitted: tuple[tuple[str, str], ...] = ()
     rules: tuple[tuple[str, "Policy"], ...] = ()
 
+    def compresses(self, activation: SavedActivation) -> bool:
+        """Whether an activation is to be compressed, if only without loss."""
+        return self.lossless and activation.nbytes >= self.min_bytes
+
     def wants(self, activation: SavedActivation) -> bool:
         """Whether a float is to be compressed, if only without loss."""
-        return self.lossless and activation.value.is_floating_point() and activation.nbytes >= self.min_bytes
+        return self.compresses(activation) and activation.value.is_floating_point()
 
     def for_module(self, path: str) -> "Policy":
         for pattern, policy in self.rules:

@@ -2,7 +2,7 @@
 
 A first layer's aggregate and the products that follow it are made of the model's inputs and parameters, which are alive
 anyway. So backward can compute them again, exactly, at the cost of that layer's forward. Deeper layers would need the
-layers before them again, too, and a dropout's decisions; those are rounded instead.
+layers before them again, too; those are rounded instead. What a dropout drops is hashed again, if it was hashed.
 
 What may be done again is bounded three times: by one layer's depth (no product of a product, no aggregate of an
 aggregate); by size, no tensor larger than the largest that the step makes elsewhere, so that messages of wide features
@@ -22,6 +22,7 @@ from ..graph import _torch
 from ..graph.find import SavedActivation, numel_hint
 from ..graph.split import Split, first_use, is_input, is_size, is_tensor, is_view, writes
 from ..plan.plan import is_constant
+from .dropout import is_seed
 
 aten = torch.ops.aten
 
@@ -43,6 +44,7 @@ MAKERS = (
     aten.scalar_tensor.default,
     aten.searchsorted.Tensor,
     aten.scatter.src,
+    torch.ops.actcompile.random_mask.default,
 )
 INTENSITY = 16  # floating-point operations that take as long as moving one byte
 
@@ -161,7 +163,7 @@ def _depths(split: Split, exact: Collection[fx.Node]) -> dict[fx.Node, _Depth]:
     """The forward nodes that backward can compute again by one layer's work."""
     found: dict[fx.Node, _Depth] = {}
     for node in split.forward.graph.nodes:
-        if node in exact or (is_input(node) and not any(map(writes, node.users))):
+        if node in exact or (is_input(node) and not any(map(writes, node.users))) or is_seed(node):
             found[node] = _Depth()
             continue
         if not _is_repeatable(node) or not all(split.knows(size) for v in _values(node) for size in v.shape):
@@ -193,6 +195,11 @@ def _is_repeatable(node: fx.Node) -> bool:
     return torch.Tag.pointwise in target.tags or target in (AGGREGATE, *PRODUCTS, *TAKES, *SUMS, *MAKERS)
 
 
+def _is_source(node: fx.Node) -> bool:
+    """Whether nothing has to be computed for a node: an input, or dropout's seeds, which are as good as one."""
+    return node.op == "placeholder" or is_seed(node)
+
+
 def _values(node: fx.Node) -> list[torch.Tensor]:
     """What a node makes: a tensor, or the views of `split` or `unbind`."""
     value = node.meta["val"]
@@ -210,7 +217,7 @@ def _cone(node: fx.Node, exact: Collection[fx.Node], copies: Collection[fx.Node]
     nodes, todo = set(), {node}
     while todo:
         latest = todo.pop()
-        if latest.op != "placeholder" and latest not in exact and latest not in copies and latest not in nodes:
+        if not _is_source(latest) and latest not in exact and latest not in copies and latest not in nodes:
             nodes.add(latest)
             todo.update(n for n in latest.all_input_nodes if not is_size(n))
     return sorted(nodes)
@@ -224,7 +231,7 @@ def _copy(split: Split, activation: SavedActivation, nodes: Iterable[fx.Node], c
     def copied(node: fx.Node) -> fx.Node:
         if is_size(node):
             return split.size_in_backward(node.meta["val"])
-        if node not in copies and node not in here:  # an input, alive anyway
+        if node not in copies and node not in here:  # an input, alive anyway; or dropout's seeds, a few bytes
             here[node] = split.save(node, f"{node.name}_alive")
         return copies.get(node) or here[node]
 

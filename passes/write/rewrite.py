@@ -106,7 +106,7 @@ PARTS = ("words", "low", "high")  # what an encoded tensor has at most
 def _after(split: Split, nodes: Iterable[fx.Node], seeds: Seeds) -> Any:
     """Insertion point behind `nodes`, and behind all inputs of the graph and the seeds."""
     graph = split.forward.graph
-    return graph.inserting_before(max(*nodes, *graph.find_nodes(op="placeholder"), *seeds.nodes.values()).next)
+    return graph.inserting_before(max(*nodes, seeds.top()).next)
 
 
 def _recompute(split: Split, activation: SavedActivation) -> None:

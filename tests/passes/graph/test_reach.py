@@ -14,7 +14,7 @@ from tests.helpers import gnn, graph, uncompressed
 
 def disturb(graph: fx.Graph, placeholder: fx.Node) -> None:
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-        other = graph.call_function(torch.ops.aten.mul.Tensor, (placeholder, 1.5))
+        other = graph.call_function(torch.ops.aten.mul.Tensor, (placeholder, -1.5))  # its sign may be what is read
     other.meta["val"] = placeholder.meta["val"]
     placeholder.replace_all_uses_with(other, delete_user_cb=lambda user: user is not other)
 

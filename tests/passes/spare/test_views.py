@@ -39,7 +39,8 @@ class Cut(nn.Module):
         self.last = nn.ParameterList(torch.randn(size, 4) for size in (8, 16, 32))
 
     def forward(self, x):
-        return self.use(self.first(x), *self.last)
+        a, b, c = (self.last[i] for i in range(3))  # 2.11 cannot trace `*self.last`
+        return self.use(self.first(x), a, b, c)
 
 
 def halves(h, a, b, c):

@@ -39,7 +39,7 @@ def number_of(gm: fx.GraphModule) -> dict[str, int]:
 
 
 def test_one_encoding_and_one_decoding_for_each_choice():
-    split, plan, (forward, backward) = rewritten(gnn(layers=3), *graph())
+    split, plan, (forward, backward) = rewritten(gnn(layers=3, dropout=0.0), *graph())
     kinds = [type(c.codec) for c in plan.choices]
     quantised, packed = kinds.count(Quantize), kinds.count(PackBits)
     assert quantised >= 5 and packed == 2
@@ -51,7 +51,7 @@ def test_one_encoding_and_one_decoding_for_each_choice():
 
 
 def test_lossless_draws_no_seed():
-    split, plan, _ = rewritten(gnn(), *graph(), **EXACT)
+    split, plan, _ = rewritten(gnn(dropout=0.0), *graph(), **EXACT)
     assert {type(c.codec) for c in plan.choices} == {Keep, Recompute, PackBits}
     assert number_of(split.forward) == {"pack_bits": 1}
     assert number_of(split.backward) == {"unpack_bits": 1}
@@ -59,11 +59,12 @@ def test_lossless_draws_no_seed():
 
 def test_each_activation_has_its_own_row_of_seeds():
     split, plan, _ = rewritten(gnn(layers=3), *graph())
-    (seed,) = split.forward.graph.find_nodes(op="call_function", target=torch.ops.actcompile.draw_seed.default)
+    dropped, seed = split.forward.graph.find_nodes(op="call_function", target=torch.ops.actcompile.draw_seed.default)
     nodes = split.forward.graph.find_nodes(op="call_function", target=torch.ops.actcompile.quantize.default)
     assert sorted(n.args[2] for n in nodes) == list(range(len(nodes)))
     assert seed.args[0] == len(nodes) and seed.meta["val"].shape == (len(nodes), 2)
     assert all(n.args[1] is seed for n in nodes)
+    assert dropped.args[0] == count(split.forward, "random_mask") == 2
 
 
 @pytest.mark.parametrize("name", ["sage", "gin", "edge_mlp"])
