@@ -32,6 +32,7 @@ from actcompile.passes.spare.narrow import narrow
 from actcompile.passes.spare.rebuild import rebuild
 from actcompile.passes.spare.replay import replay
 from actcompile.passes.spare.views import views
+from actcompile.passes.write.late import late
 from actcompile.passes.write.rewrite import rewrite
 from actcompile.passes.write.verify import verify
 
@@ -75,6 +76,7 @@ def partition(
         chosen = chosen.rounding_only(only)
     reached = reach(split)
     rewrite(split, chosen)
+    late(split)
     split.hand_on(split.symbols(saved_by_torch).values())
     split.finish()
     verify(split, chosen, outputs, gradients)

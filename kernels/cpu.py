@@ -133,11 +133,11 @@ def _(mask: Tensor, words: int) -> Tensor:
 
 
 @unpack_bits.register_kernel("cpu")
-def _(packed: Tensor, size: Sequence[int]) -> Tensor:
+def _(packed: Tensor, size: Sequence[int], dtype: torch.dtype = torch.bool) -> Tensor:
     kernels = bits_library()
     if kernels is None:
-        return unpack_bits_in_runs(packed, size)
-    mask = torch.empty(list(size), dtype=torch.bool)
+        return unpack_bits_in_runs(packed, size).view(dtype)
+    mask = torch.empty(list(size), dtype=dtype)
     dense = packed.contiguous()
     kernels.unpack_bits(dense.data_ptr(), mask.numel(), packed.shape[1], mask.data_ptr(), _threads(mask.numel()))
     return mask

@@ -105,5 +105,5 @@ def _(mask: Tensor, words: int) -> Tensor:
 
 
 @unpack_bits.register_kernel("cuda")
-def _(packed: Tensor, size: Sequence[int]) -> Tensor:
-    return forms().unpack_bits(packed, size)
+def _(packed: Tensor, size: Sequence[int], dtype: torch.dtype = torch.bool) -> Tensor:
+    return forms().unpack_bits(packed, size).view(dtype)

@@ -63,7 +63,7 @@ def unpack_bits_in_runs(packed: Tensor, size: Sequence[int]) -> Tensor:
 
 @torch.library.custom_op("actcompile::pack_bits", mutates_args=())
 def pack_bits(mask: Tensor, words: int) -> Tensor:
-    """Packs a bool tensor of any shape to float32 words (groups, words), 32 booleans to a word."""
+    """Packs booleans, or bytes that are 0 or 1, of any shape to float32 words (groups, words), 32 to a word."""
     return pack_bits_in_runs(mask, words)
 
 
@@ -73,14 +73,40 @@ def _(mask, words):
 
 
 @torch.library.custom_op("actcompile::unpack_bits", mutates_args=())
-def unpack_bits(packed: Tensor, size: Sequence[int]) -> Tensor:
-    """Unpacks to a contiguous bool tensor of shape `size`."""
-    return unpack_bits_in_runs(packed, size)
+def unpack_bits(packed: Tensor, size: Sequence[int], dtype: torch.dtype = torch.bool) -> Tensor:
+    """Unpacks to a contiguous tensor of shape `size`, of booleans, or of bytes (torch.uint8)."""
+    return unpack_bits_in_runs(packed, size).view(dtype)
 
 
 @unpack_bits.register_fake
-def _(packed, size):
-    return packed.new_empty(size, dtype=torch.bool)
+def _(packed, size, dtype=torch.bool):
+    return packed.new_empty(size, dtype=dtype)
+
+
+@torch.library.custom_op("actcompile::mask_to_bytes", mutates_args=())
+def mask_to_bytes(mask: Tensor) -> Tensor:
+    """Booleans as uint8, 0 or 1.
+
+    Inductor's C++ writes and reads tensors of booleans many times slower than tensors of bytes. So a mask that is
+    packed, or was unpacked, goes through memory as bytes.
+    """
+    return mask.to(torch.uint8)
+
+
+@mask_to_bytes.register_fake
+def _(mask):
+    return torch.empty_like(mask, dtype=torch.uint8)
+
+
+@torch.library.custom_op("actcompile::bytes_to_mask", mutates_args=())
+def bytes_to_mask(byte: Tensor) -> Tensor:
+    """The inverse of `mask_to_bytes`."""
+    return byte.to(torch.bool)
+
+
+@bytes_to_mask.register_fake
+def _(byte):
+    return torch.empty_like(byte, dtype=torch.bool)
 
 
 @torch.library.custom_op("actcompile::narrow", mutates_args=())

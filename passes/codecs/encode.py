@@ -92,8 +92,15 @@ def encode(
         case Copy():
             return [call(graph, ops.copy.default, x, like=x)], lambda parts, sizes: parts[0]
         case PackBits(words):
-            packed = call(graph, ops.pack_bits.default, x, words, like=x)
-            return [packed], lambda parts, sizes: call(back, ops.unpack_bits.default, *parts, sizes())
+            if value.device.type != "cpu":
+                packed = call(graph, ops.pack_bits.default, x, words, like=x)
+                return [packed], lambda parts, sizes: call(back, ops.unpack_bits.default, *parts, sizes())
+            packed = call(
+                graph, ops.pack_bits.default, call(graph, ops.mask_to_bytes.default, x, like=x), words, like=x
+            )
+            return [packed], lambda parts, sizes: call(
+                back, ops.bytes_to_mask.default, call(back, ops.unpack_bits.default, *parts, sizes(), torch.uint8)
+            )
         case Narrow(dtype):
             small = call(graph, ops.narrow.default, x, dtype, like=x)
             return [small], lambda parts, sizes: call(back, ops.widen.default, *parts, value.dtype)

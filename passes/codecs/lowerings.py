@@ -20,6 +20,29 @@ for cast in (torch.ops.actcompile.narrow.default, torch.ops.actcompile.widen.def
     )
 
 
+@_torch.register_lowering(torch.ops.actcompile.mask_to_bytes.default, type_promotion_kind=None)
+def _mask_to_bytes(mask: Any) -> Any:
+    ops = _torch.loop_ops
+    load = mask.make_loader()
+
+    def byte(index: Sequence[Any]) -> Any:
+        number = ops.where(load(index), ops.constant(1, torch.int32), ops.constant(0, torch.int32))
+        return ops.to_dtype(number, torch.uint8)
+
+    return _torch.Pointwise.create(device=mask.get_device(), dtype=torch.uint8, inner_fn=byte, ranges=mask.get_size())
+
+
+@_torch.register_lowering(torch.ops.actcompile.bytes_to_mask.default, type_promotion_kind=None)
+def _bytes_to_mask(byte: Any) -> Any:
+    ops = _torch.loop_ops
+    load = byte.make_loader()
+
+    def mask(index: Sequence[Any]) -> Any:
+        return ops.to_dtype(load(index), torch.int32) > ops.constant(0, torch.int32)
+
+    return _torch.Pointwise.create(device=byte.get_device(), dtype=torch.bool, inner_fn=mask, ranges=byte.get_size())
+
+
 @_torch.register_lowering(torch.ops.actcompile.random_mask.default, type_promotion_kind=None)
 def _random_mask(seed: Any, salt: int, size: Sequence[Any], threshold: int, below: bool) -> Any:
     """`random_mask_at`, word by word; torch's C++ makes vectors of it, since a position is affine in the loop's index.

@@ -20,10 +20,11 @@ def narrow(split: Split) -> list[fx.Node]:
     """Moves products before maps of rows in forward; returns those that went."""
     graph, names = split.forward.graph, Names(split)
     kept = {node for node, _ in split.pairs}
+    live = _live(split, kept)
     moved = []
     for product in [n for n in graph.nodes if n.target in (aten.mm.default, aten.addmm.default) and not n.kwargs]:
         *bias, rows, weights = product.args
-        chain = _chain(rows, kept, names)
+        chain = _chain(rows, kept, live, names)
         if not chain:
             continue
         source = terms(chain[-1], names)[0][0]
@@ -38,16 +39,27 @@ def narrow(split: Split) -> list[fx.Node]:
             if bias:
                 result = call(graph, aten.add.Tensor, result, bias[0], like=product)
         product.replace_all_uses_with(result)
-        for node in (product, *chain):
-            graph.erase_node(node)
         moved.append(result)
     return moved
 
 
-def _chain(node: object, kept: set[fx.Node], names: Names) -> list[fx.Node]:
+def _live(split: Split, kept: set[fx.Node]) -> set[fx.Node]:
+    """The nodes of forward that the user or backward still needs."""
+    wanted = [*kept, *(n for n in split.user_outputs if isinstance(n, fx.Node))]
+    todo = wanted + [n for n in split.forward.graph.nodes if n.op == "call_function" and n.is_impure()]
+    found: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
+def _chain(node: object, kept: set[fx.Node], live: set[fx.Node], names: Names) -> list[fx.Node]:
     """The maps of rows that made a matrix, last first, each for this alone; none without a sum of rows."""
     chain: list[fx.Node] = []
-    while isinstance(node, fx.Node) and len(node.users) == 1 and node not in kept:
+    while isinstance(node, fx.Node) and len(live & node.users.keys()) == 1 and node not in kept:
         op = row_op(node, names)
         if op is None or op.kind not in MAPS:
             break
