@@ -26,7 +26,7 @@ from ..graph import _torch
 from ..graph.bodies import BODY
 from ..graph.split import call, inherit_origin, is_tensor, writes
 from .regions import FLOATS, Region, Unfit, is_computable, region
-from .takes import Index, Reduction, Take, reduction_of, take_of
+from .takes import Index, Reduction, Take, original, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 
@@ -195,7 +195,7 @@ class _Fusing:
         """Rows that are summed up as they are taken, or times one number for each edge, which is another node."""
         if reduction.kind != "sum":
             return None
-        value = reduction.value
+        value = original(reduction.value)
         take, weight = take_of(value), None
         if take is None and value.target is aten.mul.Tensor:
             for row, factor in (value.args, value.args[::-1]):

@@ -19,7 +19,7 @@ from actcompile.kernels.edges.program import COMPARING, Operand, Output, Program
 
 from ..graph import _torch
 from ..graph.split import is_tensor
-from .takes import Index, Take, take_of
+from .takes import SAME, Index, Take, take_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -40,7 +40,6 @@ POINTWISE = {
     prims.convert_element_type.default: "float", aten._to_copy.default: "float",
 }  # fmt: skip
 SHAPES = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
-SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
 KEEPING = ("neg", "abs", "relu", "maximum", "minimum", "where")  # of 16-bit numbers they make others
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 

@@ -11,6 +11,8 @@ from ..graph import _torch
 from ..graph.split import is_tensor
 
 aten = torch.ops.aten
+SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
+COPIES = (*SAME, aten.expand.default, aten.view.default)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ def index_of(node: object, trailing: int = 0) -> Index | None:
 def _unwrapped(node: fx.Node, ops: tuple[object, ...]) -> fx.Node:
     """What a node is made of by some ops that leave the number of rows as it is."""
     while node.target in ops and isinstance(source := node.args[0], fx.Node) and _same_length(node, source):
+        node = source
+    return node
+
+
+def original(node: fx.Node) -> fx.Node:
+    """What a node is a copy, or a view of the same shape, of; as autograd expands what is of that shape already."""
+    while node.target in COPIES and isinstance(source := node.args[0], fx.Node) and _same_sizes(node, source, 0):
         node = source
     return node
 

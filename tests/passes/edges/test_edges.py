@@ -332,6 +332,6 @@ def test_edge_index_of_pyg():
     x, edge_index = graph("sorted")
     check(
         model,
-        (x, EdgeIndex(edge_index, sparse_size=(23, 23), sort_order="col")),
+        (x, EdgeIndex(edge_index, sparse_size=(23, 23))),
         reference=lambda x, e: model(x, edge_index),
     )

@@ -43,6 +43,7 @@ ON = [True, True, True]
 # op: the overload, then its arguments; every float tensor among them is tried as a source. A trailing dict: keywords.
 CASES = [
     ("actcompile.spmm.default", torch.tensor([0, 2, 2, 5]), I(4, 5), F(5), F(4, 2)),
+    ("actcompile.aggregate.default", F(4, 2), F(5, 1), I(4, 5), -1, I(3, 5), -1, 3, []),
     ("actcompile.spmm_transposed.default", torch.tensor([0, 2, 2, 5]), I(4, 5), F(5), F(3, 2), 4),
     *[
         (f"aten.{op}.default", X)
