@@ -45,13 +45,14 @@ def test_every_inserted_op_stands_out_and_nothing_else(report: Report) -> None:
     expected = [f"{n.name} = {n.op}({', '.join(n.inputs)})  {n.shape}".rstrip() for n in inserted]
     assert sorted(highlighted(svg)) == sorted(expected)
     others = [line for line in highlighted(svg, want=False) if "actcompile." in line]
-    assert all("random_mask" in line or "draw_seed" in line for line in others)  # of the model's own dropout
+    own = ("random_mask", "draw_seed", "aggregate", "edges")  # of the model's own dropout and message passing
+    assert all(any(name in line for name in own) for line in others)
 
 
 def test_crossings_join_what_belongs_together(report: Report) -> None:
     for graph in report.graphs:
         made = crossings(graph)
-        costly = [r.name for r in graph.rows if r.bytes_before or r.bytes_after]
+        costly = [r.name for r in graph.rows if (r.bytes_before or r.bytes_after) and r.codec != "fused"]
         assert sorted(c.node for c in made) == sorted(costly)
         shapes = {n.name: n.shape for n in graph.backward_nodes}
         forward = {n.name: n for n in graph.forward_nodes}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from .program import OPS, REDUCTIONS, Output, Program, parse
+from .program import OPS, REDUCTIONS, Operand, Output, Program, parse
 
 TYPES = {"float32": "float", "float64": "double", "bfloat16": "bf16", "bool": "uint8_t", "bits": "uint8_t"}
 
@@ -94,8 +94,9 @@ def generate(text: str) -> str:
 class _Source:
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.double = any(part.dtype == "float64" for part in (*program.operands, *program.outputs))
-        self.levels = {part.level for part in (*program.operands, *program.steps, *program.outputs)}
+        ends: tuple[Operand | Output, ...] = (*program.operands, *program.outputs)
+        self.double = any(part.dtype == "float64" for part in ends)
+        self.levels = {part.level for part in (*ends, *program.steps)}
         self.has_heads = any("h" in level for level in self.levels)
         self.folded = [i for i, o in enumerate(program.outputs) if o.kind in REDUCTIONS]
         self.bits_in = [i for i, o in enumerate(program.operands) if o.dtype == "bits"]

@@ -143,7 +143,7 @@ class _Fusing:
     def _pack(self, masks: Collection[fx.Node], found: dict[fx.Node, Any]) -> None:
         """Has masks that nothing but regions reads written and read as bits."""
         regions = [made for made in found.values() if isinstance(made, Region)]
-        read = {node for made in regions for node in made.operands}
+        read: set[fx.Node | None] = {node for made in regions for node in made.operands}
         for made in found.values():
             read |= {made[0].matrix, made[1]} if not isinstance(made, Region) else set()
         read |= {reduction.base for end in found if (reduction := reduction_of(end)) is not None}

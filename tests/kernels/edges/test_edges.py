@@ -93,7 +93,7 @@ def all_magnitudes():
     ("op", "ulp", "least"), [("exp", 2, 2.0**-149), ("tanh", 3, 2.0**-149), ("sigmoid", 4, 2.0**-126)]
 )
 def test_functions_over_the_whole_range(op, ulp, least):
-    """Within a few units in the last place of float64's, infinite or NaN included; `sigmoid` only where it is normal."""
+    """Within a few units in the last place of float64's, infinite or NaN included; `sigmoid` where normal."""
     x = all_magnitudes()
     ours, exact = apply(each(op, "float32"), x), OPS[op][1](x.double())
     assert torch.equal(ours.isnan(), x.isnan())
