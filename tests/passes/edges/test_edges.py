@@ -323,15 +323,3 @@ def test_16_bit_models(name, dtype):
         if a is not None:
             assert a.isfinite().all()
             assert (a - b).float().norm() < 0.1 * b.float().norm() + 0.1
-
-
-def test_edge_index_of_pyg():
-    from torch_geometric import EdgeIndex
-
-    model, _ = build("SAGE max")
-    x, edge_index = graph("sorted")
-    check(
-        model,
-        (x, EdgeIndex(edge_index, sparse_size=(23, 23))),
-        reference=lambda x, e: model(x, edge_index),
-    )
