@@ -7,22 +7,15 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 import actcompile
-from actcompile.passes.graph import _torch
+from actcompile.backend import compile_plain
 
 ALARM = 1e-6  # with new seeds in every run, an example of a test would fail wrongly with at most this probability
 Gradients = dict[str, Tensor]
 
 
 def plain(gm, inputs):
-    """The inner compiler "aot_eager" without us: the same decompositions and the same partition."""
-    compiler = _torch.aot_autograd(
-        fw_compiler=_torch.boxed_nop,
-        bw_compiler=_torch.boxed_nop,
-        partition_fn=_torch.min_cut_rematerialization_partition,
-        decompositions=_torch.select_decomp_table(),
-        keep_inference_input_mutations=True,
-    )
-    return compiler(gm, inputs)
+    """The inner compiler "aot_eager" without us, but for dropout: it drops the same."""
+    return compile_plain(gm, inputs, actcompile.Config(inner="aot_eager"))
 
 
 def uncompressed(model: nn.Module) -> nn.Module:
