@@ -123,8 +123,8 @@ def crossings(graph: "GraphReport") -> list[Crossing]:
         encoder = _encoder(output, forward)
         if encoder in by_encoder:
             node = forward[encoder].inputs[0]
-            if node not in rows and short(forward[node].op) == "permute" and forward[node].inputs:
-                node = forward[node].inputs[0]  # brought into memory order first
+            while node not in rows and short(forward[node].op) in ("permute", "mask_to_bytes") and forward[node].inputs:
+                node = forward[node].inputs[0]  # brought into memory order, and to bytes, first
             carried = by_encoder.pop(encoder)
             if node not in rows:  # standardised first: the activation is what the placeholders are named after
                 node = carried[0].rpartition("_words")[0]

@@ -365,12 +365,13 @@ def _facts(a: SavedActivation) -> dict[str, Any]:
 
 
 MESSAGE_PASSING = ("actcompile.aggregate", "actcompile.edges", "actcompile.group_edges")
+CASTS = ("actcompile.mask_to_bytes", "actcompile.bytes_to_mask")
 
 
 def _ours(node: fx.Node) -> bool:
-    """Whether a node is of our making, and does not stand for the model's own dropout or message passing."""
+    """Whether a node is of our making, and neither a cast nor the model's own dropout or message passing."""
     name = str(node.target)
-    return name.startswith("actcompile.") and not name.startswith(MESSAGE_PASSING) and not is_of_dropout(node)
+    return name.startswith("actcompile.") and not name.startswith(MESSAGE_PASSING + CASTS) and not is_of_dropout(node)
 
 
 def _nodes(graph: fx.Graph, inserted: Callable[[fx.Node], bool]) -> tuple[GraphNode, ...]:

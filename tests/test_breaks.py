@@ -156,7 +156,7 @@ def test_gradients(kind, dynamic):
     model = kind()
     reference = step(uncompressed(model, dynamic=dynamic), INPUTS, model.parameters())
     torch._dynamo.reset()
-    exact = torch.compile(model, backend=actcompile.backend, options=EXACT, dynamic=dynamic)
+    exact = torch.compile(model, backend=actcompile.backend, options=EXACT | {"fuse": False}, dynamic=dynamic)
     assert_equal(step(exact, INPUTS, model.parameters()), reference)
     if kind is Convolutions:  # its dropout draws other numbers where a seed is drawn
         return

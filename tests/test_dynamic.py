@@ -180,7 +180,7 @@ def test_edges_dropped_in_every_layer_have_sizes_of_their_own():
 
     model, inputs = Dropping(), graph()
     plain = copy.deepcopy(model)
-    compress(model, **EXACT)
+    compress(model, **EXACT, fast_dropout=False)  # eager draws torch's own numbers
     ours = step(model, inputs, model.parameters())
     assert_close(ours, step(plain, inputs, plain.parameters()), within=1e-5)
     (made,) = explain(model).graphs

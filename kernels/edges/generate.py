@@ -18,7 +18,6 @@ HEAD = r"""
 #include <cstring>
 #include <limits>
 #include <vector>
-#include <omp.h>
 
 struct bf16 { uint16_t bits; };
 static inline float load(const bf16* p, int64_t i) { return __builtin_bit_cast(float, (uint32_t)p[i].bits << 16); }

@@ -203,6 +203,8 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
     if policy.method is not None and policy.method[0] == "cast":
         return Cast(policy.method[1]), "rounded to nearest by the configuration: biased in itself"
     if dependence is None or not dependence.biased:
+        if value.dim() > 1 and _is_column(value) and policy.bits is not None:
+            return Keep(), "one number per row: its noise would reach the whole row"
         return _linear(a, policy)
     if policy.nonlinear_bits is None:
         return Keep(), f"biased through {dependence.op}: kept exact by the configuration"
@@ -224,7 +226,7 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
 def bits_of(dependence: Dependence, value: torch.Tensor, policy: Policy) -> int | None:
     """Bits for a float of which the gradients depend so; None where it is kept exact."""
     if not dependence.biased:
-        return policy.bits
+        return None if value.dim() > 1 and _is_column(value) else policy.bits
     if policy.nonlinear_bits is None or _is_column(value):
         return None
     if policy.nonlinear_bits != "auto":
@@ -281,6 +283,8 @@ def _row_width(a: SavedActivation) -> Any:
 
 
 def _integer(a: SavedActivation) -> tuple[Codec, str]:
+    if a.value.dtype is torch.uint8:
+        return Keep(), "bytes already, as masks of fused message passing are: eight decisions in each"
     if a.bound is None:
         return Keep(), "integers whose range is not known"
     if isinstance(a.bound, int):

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import actcompile
 from actcompile._check import examine
 from actcompile._draws import Task
+from actcompile.backend import compile_plain
 from actcompile.kernels.blocks.random_bits import rounding_seeded
 from bench.measure import saved_bytes
 from tests.explore.draw import Case, Model, batch, loss
@@ -105,8 +106,11 @@ def _ours(case: Case, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Run
 
 def _plain(case: Case, model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
     torch._dynamo.reset()
-    module = copy.deepcopy(model)
-    backend = "inductor" if case.options["inner"] == "inductor" else "aot_eager_decomp_partition"
+    module, config = copy.deepcopy(model), actcompile.Config.make(**case.options)
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return compile_plain(gm, inputs, config)  # it drops what ours drops
+
     return _after_another(case, module, inputs, torch.compile(module, backend=backend, dynamic=case.dynamic))
 
 
