@@ -49,7 +49,7 @@ POLICY = Policy()
         (activation(FLOAT), Policy(bits=None), None, "keep", "kept exact"),
         (activation(FLOAT), Policy(bits=None), "div", "quantize(8 bits", "biased through"),
         (activation(torch.zeros(8192, 1)), POLICY, "div", "keep", "one number per row"),
-        (activation(torch.zeros(8192, 1)), POLICY, None, "quantize(2 bits", "unbiased"),
+        (activation(torch.zeros(8192, 1)), POLICY, None, "keep", "one number per row"),
         (activation(FLOAT, refusal="the model returns it"), POLICY, None, "keep", "the model returns it"),
         (activation(FLOAT[:1]), POLICY, None, "keep", "small"),
         (activation(FLOAT[:1]), Policy(min_bytes=0), None, "quantize(2 bits", "unbiased"),
