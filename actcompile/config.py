@@ -93,7 +93,7 @@ class Config:
             from the norm's input; a layer's aggregate, where it can aggregate the gradient instead.
         replay: what a first layer makes of the model's inputs is not saved but computed again in backward, exactly, as
             long as that takes at most this share of the forward's work: one layer of three fits 0.4; 0 for never.
-        fast_dropout: on the CPU, what dropout drops is hashed from a seed, ten times as fast as drawn numbers, and made
+        fast_dropout: on the CPU, what dropout drops is hashed from a seed, much faster than drawn numbers, and made
             anew in backward; False leaves torch's own random numbers.
         standardise: what a BatchNorm reads, or a linear layer returns, is rounded after each column was brought to mean
             0 and deviation 1, so that no column has more noise for its width than another.

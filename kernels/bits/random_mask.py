@@ -1,7 +1,7 @@
 """`random_mask`: each boolean is true with the same probability, as a pure function of a seed and its position.
 
 An element's 32 random bits are the hash of `random_bits`, compared with a threshold: three dozen instructions for 16
-elements, where drawing floats takes ten times as long. Nothing is drawn here, so backward can make the same mask again.
+elements, where drawing floats takes much longer. Nothing is drawn here, so backward can make the same mask again.
 """
 
 from collections.abc import Sequence

@@ -87,7 +87,7 @@ class Builder:
     """Writes the program of one region.
 
     Args:
-        by: what edges are grouped by; None: by what most of its rows are taken by.
+        by: what edges are grouped by.
         nodes: the number of nodes that `by` names.
         taken: whether a node is computed from taken rows, op by op, within regions.
         exact: whether a comparison may not be made here, for what it compares may be rounded: it is an operand.
