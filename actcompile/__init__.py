@@ -13,6 +13,8 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
 from ._calibrate import calibrate
 from ._check import check
 from ._check_report import CheckReport
+from ._estimate import Estimate, estimate
+from ._measure import measure
 from ._sparse_inputs import edges_of, traceable
 from .api import backend, compress, explain
 from .config import Config, bits, cast, exact, iexact, keep, lossless, low_rank, prune, sample_rows, smallest
@@ -21,6 +23,7 @@ from .report import Report
 __all__ = [
     "CheckReport",
     "Config",
+    "Estimate",
     "Report",
     "backend",
     "bits",
@@ -29,12 +32,14 @@ __all__ = [
     "edges_of",
     "check",
     "compress",
+    "estimate",
     "exact",
     "explain",
     "iexact",
     "keep",
     "lossless",
     "low_rank",
+    "measure",
     "prune",
     "sample_rows",
     "smallest",

@@ -22,7 +22,11 @@ from actcompile.passes.graph.bias import Dependence, bias
 from actcompile.passes.graph.find import SavedActivation, find, module_path
 from actcompile.passes.graph.reach import reach
 from actcompile.passes.graph.sizes import sizes
-from actcompile.passes.graph.split import Split
+from actcompile.passes.graph.split import Split, is_tensor
+from actcompile.passes.plan.costs import Noise, Speeds
+from actcompile.passes.plan.costs import speeds as speeds_of
+from actcompile.passes.plan.fit import Fit, Fitted, Wish
+from actcompile.passes.plan.memory import profile
 from actcompile.passes.plan.plan import Plan, Policy, plan
 from actcompile.passes.spare.apart import apart
 from actcompile.passes.spare.commute import commute
@@ -38,8 +42,9 @@ from actcompile.passes.write.verify import verify
 
 from . import _log, _report_cache
 from ._call import Situation, guard_on_mode, noted, situation
-from .config import Config
-from .report import GraphReport, Spared, record
+from .config import Config, parse_budget
+from .datasets import cache_folder
+from .report import GraphReport, Outlook, Spared, record
 
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
 
@@ -69,9 +74,17 @@ def partition(
     split = cut(joint, inputs, num_fwd_outputs, situation, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
     saved_by_torch = saved_fused = find(split)
+    fuses = config.inner == "inductor"
+    before = split
     if any(not region.reason for region in fused):
-        saved_by_torch = find(cut(plain, inputs, num_fwd_outputs, situation, **options))
-    chosen, spared = decide(split, config.policy(situation.training), config)
+        before = cut(plain, inputs, num_fwd_outputs, situation, **options)
+        saved_by_torch = find(before)
+    peak_before = profile(before, fuses).peak
+    policy = config.policy(situation.training)
+    chosen, spared = decide(split, policy, config)
+    fitted = fit(split, chosen, policy, config, peak_before)
+    if fitted is not None:
+        chosen = fitted.plan
     if only is not None:
         chosen = chosen.rounding_only(only)
     reached = reach(split)
@@ -81,7 +94,8 @@ def partition(
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, saved_fused, spared, reached, config.inner, situation)
+    outlook = Outlook.of(peak_before, profile(split, fuses).peak, fitted)
+    report = record(split, chosen, saved_by_torch, saved_fused, spared, reached, config.inner, situation, outlook)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
@@ -152,6 +166,40 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
     spared = [s for s in spared if s.activation.node not in saved_apart]
     offer(split, [a for a in wanted() if kind(a.node).standardise])
     return plan(find(split), dependences(), policy), spared
+
+
+def fit(split: Split, rules: Plan, policy: Policy, config: Config, plain_peak: int) -> Fitted | None:
+    """The plan that meets the config's bounds best; the rules' own, where it has none but knows what noise costs.
+
+    None where it knows neither, or where nothing is rounded.
+
+    Args:
+        rules: the rule table's plan for `split`.
+        plain_peak: bytes of a step's peak without us, for a budget relative to it.
+
+    Raises:
+        Impossible: nothing meets the bounds.
+    """
+    peak, share = parse_budget(config.budget)
+    if share is not None:
+        peak = int(share * plain_peak)
+    bounds = {"peak": peak, "error": config.max_gradient_error, "seconds": None}
+    speeds = Speeds()
+    if config.max_slowdown is not None:
+        speeds = speeds_of(_device(split), cache_folder())
+        bounds["seconds"] = (config.max_slowdown - 1) * speeds.step(split)
+    wish = Wish(**{name: bound for name, bound in bounds.items() if bound is not None})
+    if policy.exact is not None or not (wish or config.measured):
+        return None
+    late(split)
+    noise = Noise({key: dict(formats) for key, formats in config.measured})
+    program = Fit(split, rules, policy, config.inner == "inductor", noise, speeds)
+    return program.solve(wish) if wish else program.of_rules()
+
+
+def _device(split: Split) -> str:
+    devices = {n.meta["val"].device.type for n in split.forward.graph.nodes if is_tensor(n)}
+    return "cuda" if "cuda" in devices else "cpu"
 
 
 def _number_of_outputs(graph_module: fx.GraphModule) -> int:

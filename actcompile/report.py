@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from actcompile.passes.codecs.codecs import EXACT, UNBIASED, Keep, Recompute
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import SavedActivation
 from actcompile.passes.graph.split import Split, is_size, is_tensor, root
+from actcompile.passes.plan.fit import Fitted
 from actcompile.passes.plan.plan import Choice, Plan, is_constant
 from actcompile.passes.spare.commute import Commuted
 from actcompile.passes.spare.dropout import Redrawn, is_of_dropout, is_seed
@@ -88,6 +89,39 @@ class GraphNode:
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """What is predicted of a step.
+
+    Attributes:
+        peak_before, peak_after: bytes at the step's peak, over what is alive before it, without us and now.
+        error: relative error that rounding adds to the gradients; None where no plan was asked for.
+        seconds: that encoding and decoding take, likewise.
+        greedy: error, or peak where that was to be small, of the plan that a greedy choice finds; None where it fails.
+        front: (peak, error, seconds) of the plans of least error within falling peaks.
+    """
+
+    peak_before: int
+    peak_after: int
+    error: float | None = None
+    seconds: float | None = None
+    greedy: tuple[float, ...] | None = None
+    front: tuple[tuple[float, ...], ...] = ()
+
+    @staticmethod
+    def of(peak_before: int, peak_after: int, fitted: Fitted | None) -> "Outlook":
+        if fitted is None:
+            return Outlook(peak_before, peak_after)
+        greedy = None if fitted.greedy is None else astuple(fitted.greedy)
+        front = tuple(map(astuple, fitted.front))
+        return Outlook(peak_before, peak_after, fitted.point.error, fitted.point.seconds, greedy, front)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Outlook":
+        greedy = data["greedy"] and tuple(data["greedy"])
+        return Outlook(**{**data, "greedy": greedy, "front": tuple(map(tuple, data["front"]))})
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """One compiled graph: its saved activations, and both rewritten graphs as code and as nodes.
 
@@ -98,6 +132,7 @@ class GraphReport:
         sizes: what the symbols in shapes stand for where bytes are counted.
         bounds: those of them that depend on data, which no run has shown yet: they are at most so large.
         handed_on: the sizes that forward hands to backward, in order.
+        outlook: what is predicted of a step, at the sizes of the trace.
     """
 
     rows: tuple[Row, ...]
@@ -112,6 +147,7 @@ class GraphReport:
     sizes: dict[str, int] = field(default_factory=dict)
     bounds: tuple[str, ...] = ()
     handed_on: tuple[str, ...] = ()
+    outlook: Outlook | None = None
 
     def at(self, sizes: Mapping[str, int]) -> "GraphReport":
         """The same report with the bytes at other sizes, those of a run; what is not among them stays as it was."""
@@ -149,7 +185,8 @@ class GraphReport:
         }
         names = {key: tuple(data[key]) for key in ("bounds", "handed_on")}
         handed = {key: tuple((position, kept) for position, kept in data[key]) for key in ("taken", "given")}
-        return GraphReport(**{**data, "rows": rows, **nodes, **names, **handed})
+        outlook = data["outlook"] and Outlook.from_dict(data["outlook"])
+        return GraphReport(**{**data, "rows": rows, **nodes, **names, **handed, "outlook": outlook})
 
 
 @dataclass(frozen=True)
@@ -232,6 +269,7 @@ def record(
     reached: Mapping[fx.Node, tuple[int, ...]],
     inner: str,
     situation: Situation,
+    outlook: Outlook | None = None,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
 
@@ -241,6 +279,7 @@ def record(
         spared: what is not saved any more, since backward does without it.
         reached: what `reach` returned before the rewrite.
         situation: which part of a call the graph is.
+        outlook: what is predicted of a step.
     """
     counted = {node.name for position in situation.counted if (node := split.crossing.get(position))}
     saved_before = [replace(a, nbytes=0) if root(a.node).name in counted else a for a in saved_before]
@@ -273,6 +312,7 @@ def record(
         sizes={name: _torch.size_hint(size) for name, size in symbols.items()},
         bounds=tuple(name for name, size in symbols.items() if _torch.is_unbacked(size)),
         handed_on=tuple(str(_torch.expression(n.meta["val"])) for n, _ in split.pairs if is_size(n)),
+        outlook=outlook,
     )
 
 
