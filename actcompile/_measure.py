@@ -13,7 +13,7 @@ import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,11 @@ from actcompile.kernels.blocks.quantize import round_outward
 from actcompile.kernels.edges.group import row_of
 from actcompile.kernels.edges.ops import aggregation
 from actcompile.kernels.edges.program import parse, run_reference
-from actcompile.passes.codecs.codecs import Cast, Quantize
+from actcompile.passes.codecs.codecs import Cast, Codec, Quantize
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import memory_order
 from actcompile.passes.plan.costs import Noise, Speeds, codec_name
-from actcompile.passes.plan.fit import Fit
+from actcompile.passes.plan.fit import BLOCKS, Fit
 from actcompile.passes.plan.plan import Choice
 from actcompile.passes.spare.dropout import dropout
 
@@ -43,7 +43,6 @@ from .config import Config
 ops = torch.ops.actcompile
 LIMIT = 2**22  # elements of an activation that are looked at for one format
 Loss = Callable[[Any], Tensor]
-Table = dict[str, dict[str, float]]
 
 
 def measure(
@@ -89,14 +88,36 @@ def measure(
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
     made = Config.make(config or _configs.get(model), **options)
-    unbound = replace(made, budget=None, max_gradient_error=None, max_slowdown=None, measured=())
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    forward = _measured(copy.deepcopy(model), unbound, probes, found)
+    found = noises(model, inputs, loss, made, steps, probes)
+    tables = {key: {codec_name(codec): noise for codec, noise in n.by_codec.items()} for key, n in found.items()}
+    return replace(made, measured=tuple((key, tuple(sorted(table.items()))) for key, table in sorted(tables.items())))
+
+
+@dataclass
+class Noises:
+    """Of one activation: its number of elements, and what each way of rounding it adds to the gradients' noise."""
+
+    numel: int
+    by_codec: dict[Codec, float] = field(default_factory=lambda: defaultdict(float))
+
+
+def noises(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    loss: Loss | None,
+    config: Config,
+    steps: int,
+    probes: int,
+    blocks: Sequence[int] = BLOCKS,
+) -> dict[str, Noises]:
+    """What `measure` measures, by activation, for blocks of these numbers of elements."""
+    unbound = replace(config, budget=None, max_gradient_error=None, max_slowdown=None, measured=())
+    found: dict[str, Noises] = {}
+    forward = _measured(copy.deepcopy(model), unbound, blocks, _Probe(found, steps, probes))
     with torch.random.fork_rng(), torch.enable_grad():
         for _ in range(steps):
             (loss or _half_of_squares)(forward(*inputs)).backward()
-    table = {key: {name: sum(n) / len(n) for name, n in formats.items()} for key, formats in found.items()}
-    return replace(made, measured=tuple((key, tuple(sorted(f.items()))) for key, f in sorted(table.items())))
+    return found
 
 
 def _half_of_squares(output: Any) -> Tensor:
@@ -104,10 +125,8 @@ def _half_of_squares(output: Any) -> Tensor:
     return torch.stack([t.square().sum() / 2 for t in floats]).sum()
 
 
-def _measured(
-    model: nn.Module, config: Config, probes: int, found: dict[str, dict[str, list[float]]]
-) -> Callable[..., Any]:
-    """`model`, whose backward notes the noise of every format of every activation in `found`, by key."""
+def _measured(model: nn.Module, config: Config, blocks: Sequence[int], probe: _Probe) -> Callable[..., Any]:
+    """`model`, whose backward notes the noise of every format of every activation."""
 
     @capture_sizes
     def measuring(gm: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -122,7 +141,7 @@ def _measured(
             split = cut(joint, joint_inputs, num_fwd_outputs, **keywords)
             policy = config.policy()
             rules, _ = decide(split, policy, config)
-            for choices in Fit(split, rules, policy, config.inner == "inductor", Noise(), Speeds()).choices:
+            for choices in Fit(split, rules, policy, config.inner == "inductor", Noise(), Speeds(), blocks).choices:
                 watched[choices[0].activation.placeholder.name] = choices
             split.finish()
             return split.forward, split.backward
@@ -134,7 +153,7 @@ def _measured(
             names = [n.name for n in backward.graph.find_nodes(op="placeholder")]
 
             def run(*given: Any) -> Any:
-                return _probe(backward, dict(zip(names, given, strict=True)), watched, probes, found)
+                return probe.run(backward, dict(zip(names, given, strict=True)), watched)
 
             return _torch.make_boxed_func(run)
 
@@ -151,38 +170,46 @@ def _measured(
     return torch.compile(model, backend=measuring, **_trace.isolated())
 
 
-def _probe(
-    backward: fx.GraphModule,
-    given: dict[str, Any],
-    watched: dict[str, list[Choice]],
-    probes: int,
-    found: dict[str, dict[str, list[float]]],
-) -> Any:
-    """Runs backward on what it is given, and notes what rounding the watched values would do; returns its outputs."""
-    leaves = {
-        name: given[name].detach().requires_grad_()
-        for name, choices in watched.items()
-        if any(isinstance(c.codec, (Quantize, Cast)) for c in choices) and given[name].is_floating_point()
-    }
-    with torch.enable_grad():
-        outputs = _Differentiable(backward).run(*({**given, **leaves}.values()))
-    flat = [o for o in _torch.pytree.tree_leaves(outputs) if isinstance(o, Tensor) and o.is_floating_point()]
-    size = sum(float(o.detach().double().square().sum()) for o in flat)
-    depending = [o for o in flat if o.requires_grad]
-    if depending and leaves and size:
-        columns: dict[str, Tensor] = {}
-        for _ in range(probes):
-            signs = [torch.randint_like(o, 2).mul_(2).sub_(1) for o in depending]
-            slopes = torch.autograd.grad(depending, list(leaves.values()), signs, retain_graph=True, allow_unused=True)
+@dataclass(frozen=True)
+class _Probe:
+    """Where noise is noted; the means over so many steps, of so many probes each."""
+
+    found: dict[str, Noises]
+    steps: int
+    probes: int
+
+    def run(self, backward: fx.GraphModule, given: dict[str, Any], watched: dict[str, list[Choice]]) -> Any:
+        """Runs backward on what it is given, and notes what rounding would do; returns its outputs."""
+        leaves = {
+            name: given[name].detach().requires_grad_()
+            for name, choices in watched.items()
+            if any(isinstance(c.codec, Quantize | Cast) for c in choices) and given[name].is_floating_point()
+        }
+        with torch.enable_grad():
+            outputs = _Differentiable(backward).run(*({**given, **leaves}.values()))
+        flat = [o for o in _torch.pytree.tree_leaves(outputs) if isinstance(o, Tensor) and o.is_floating_point()]
+        size = sum(float(o.detach().double().square().sum()) for o in flat)
+        depending = [o for o in flat if o.requires_grad]
+        if depending and leaves and size:
+            for name, squares in self.columns(depending, leaves).items():
+                for choice in watched[name]:
+                    if isinstance(choice.codec, Quantize | Cast):
+                        activation = choice.activation
+                        noted = self.found.setdefault(activation.key, Noises(leaves[name].numel()))
+                        noise = _noise(leaves[name].detach(), squares, choice) / size
+                        noted.by_codec[choice.codec] += noise / self.steps
+        return _torch.pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+
+    def columns(self, outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        """For each element of the leaves, an estimate of the squared norm of the outputs' derivative by it."""
+        squares: dict[str, Tensor] = {}
+        for _ in range(self.probes):
+            signs = [torch.randint_like(o, 2).mul_(2).sub_(1) for o in outputs]
+            slopes = torch.autograd.grad(outputs, list(leaves.values()), signs, retain_graph=True, allow_unused=True)
             for name, slope in zip(leaves, slopes, strict=True):
                 if slope is not None:
-                    columns[name] = columns.get(name, 0) + slope.square() / probes
-        for name, squares in columns.items():
-            for choice in watched[name]:
-                if isinstance(choice.codec, (Quantize, Cast)):
-                    noise = _noise(leaves[name].detach(), squares, choice) / size
-                    found[choice.activation.key][codec_name(choice.codec)].append(noise)
-    return _torch.pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+                    squares[name] = squares.get(name, 0) + slope.square() / self.probes
+        return squares
 
 
 def _noise(value: Tensor, squares: Tensor, choice: Choice) -> float:

@@ -3,6 +3,7 @@
 from bench.cases import (
     accounting,
     accuracy,
+    blocks,
     copy_speed,
     costmodel,
     distributions,
@@ -20,6 +21,7 @@ from bench.cases import (
 __all__ = [
     "accounting",
     "accuracy",
+    "blocks",
     "copy_speed",
     "costmodel",
     "distributions",

@@ -81,8 +81,17 @@ class Impossible(ValueError):
 class Fit:
     """The program of a graph whose activations the rules have given their codecs."""
 
-    def __init__(self, split: Split, plan: Plan, policy: Policy, fuses: bool, noise: Noise, speeds: Speeds) -> None:
-        self.split, self.rules, self.policy, self.noise, self.speeds = split, plan, policy, noise, speeds
+    def __init__(
+        self,
+        split: Split,
+        plan: Plan,
+        policy: Policy,
+        fuses: bool,
+        noise: Noise,
+        speeds: Speeds,
+        blocks: Sequence[int] = BLOCKS,
+    ) -> None:
+        self.rules, self.policy, self.noise, self.speeds, self.blocks = plan, policy, noise, speeds, blocks
         found = lifetimes(split, fuses)
         memory = {m.node: m for m in found}
         self.positions = len(split.forward.graph.nodes) + len(split.backward.graph.nodes)
@@ -118,7 +127,7 @@ class Fit:
         saved = {c.activation.node for c in self.rules.choices}
         others = {}
         for bits in (b for b in BITS if b >= least):
-            for block in BLOCKS:
+            for block in self.blocks:
                 other = replace(codec, format=fit_format(activation, bits, replace(policy, block=block), signed=signed))
                 nbytes = other.nbytes(activation.shape, activation.value.dtype) + statistics(other, activation, saved)
                 if other != codec and nbytes < activation.nbytes:
