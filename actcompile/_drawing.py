@@ -3,15 +3,29 @@
 Both are single files that load nothing. They follow the reader's light or dark setting.
 """
 
+from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from ._svg import STYLE, draw
-from ._table import NO_GRAPH, NO_ROW, biased, clean, heading, human, summed, totals
+from ._table import (
+    NO_GRAPH,
+    NO_ROW,
+    about_edges,
+    because,
+    biased,
+    clean,
+    heading,
+    human,
+    made_in,
+    summed,
+    summed_edges,
+    totals,
+)
 
 if TYPE_CHECKING:
-    from .report import GraphReport, Report, Row
+    from .report import EdgeRow, GraphReport, Report, Row
 
 PAGE_STYLE = """
 .actcompile { font: 14px/1.45 system-ui, sans-serif; color: #1f2937; background: #ffffff; padding: 16px 24px; }
@@ -52,6 +66,8 @@ KEYS = {
     "gone": "not saved any more",
 }
 COLUMNS = ("layer", "node", "source line", "shape", "before", "after", "codec", "biased", "reason")
+EDGE_COLUMNS = ("layer", "node", "source line", "shape", "made in", "bytes", "held", "reason")
+NUMBERS = ("before", "after", "bytes", "held")
 
 
 def svg_drawing(report: "Report") -> str:
@@ -102,7 +118,7 @@ def _section(report: "Report", number: int) -> str:
     )
     return f"""<h2>{_safe(heading(report, number))}</h2>
 <div class="wide">{_table(graph)}</div>
-<details open="open"><summary>drawing (point at a box to see its nodes)</summary>
+{_edges(graph)}<details open="open"><summary>drawing (point at a box to see its nodes)</summary>
 <div class="wide">{drawing}</div></details>
 {code}"""
 
@@ -111,24 +127,56 @@ def _table(graph: "GraphReport") -> str:
     if not graph.rows:
         return f"<p>{NO_ROW}</p>"
     shown, sums = summed(graph.rows)
-    heads = "".join(f'<th class="{"number" if c in ("before", "after") else ""}">{c}</th>' for c in COLUMNS)
-    body = "".join(_row(row) for row in shown)
-    lines = "".join(f'<li class="dim">{_safe(line)}</li>' for line in sums)
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>" if shown else ""
-    return f"{table}{f'<ul>{lines}</ul>' if lines else ''}"
+    table = _of_columns(COLUMNS, map(_row, shown)) if shown else ""
+    return f"{table}{_dim_list(sums)}"
+
+
+def _edges(graph: "GraphReport") -> str:
+    shown, sums = summed_edges(graph.edges)
+    lines = "".join(f"<p>{_safe(line)}</p>" for line in about_edges(graph))
+    table = _of_columns(EDGE_COLUMNS, map(_edge_row, shown)) if shown else ""
+    return f'{lines}<div class="wide">{table}{_dim_list(sums)}</div>\n' if lines else ""
+
+
+def _of_columns(columns: tuple[str, ...], rows: Iterable[str]) -> str:
+    heads = "".join(f'<th class="{"number" if c in NUMBERS else ""}">{c}</th>' for c in columns)
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _dim_list(lines: Iterable[str]) -> str:
+    items = "".join(f'<li class="dim">{_safe(line)}</li>' for line in lines)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def _row(row: "Row") -> str:
     less = " less" if row.bytes_after < row.bytes_before else ""
-    cells = [
+    return _cells(
+        *_where(row),
+        _number(row.bytes_before),
+        _number(row.bytes_after, less),
+        *(f"<td>{_safe(text)}</td>" for text in (row.codec, biased(row), row.reason)),
+    )
+
+
+def _edge_row(row: "EdgeRow") -> str:
+    made = f"<td>{made_in(row)}</td>"
+    return _cells(*_where(row), made, _number(row.nbytes), _number(row.held), f"<td>{_safe(because(row))}</td>")
+
+
+def _where(row: "Row | EdgeRow") -> list[str]:
+    return [
         f"<td>{_safe(row.module or '(model)')}</td>",
         f"<td><code>{_safe(row.name)}</code></td>",
         f"<td><code>{_safe(row.source)}</code></td>",
         f"<td>{_safe('x'.join(row.shape) or 'scalar')} {_safe(row.dtype)}</td>",
-        f'<td class="number" data-value="{row.bytes_before}">{human(row.bytes_before)}</td>',
-        f'<td class="number{less}" data-value="{row.bytes_after}">{human(row.bytes_after)}</td>',
-        *(f"<td>{_safe(text)}</td>" for text in (row.codec, biased(row), row.reason)),
     ]
+
+
+def _number(nbytes: int, kind: str = "") -> str:
+    return f'<td class="number{kind}" data-value="{nbytes}">{human(nbytes)}</td>'
+
+
+def _cells(*cells: str) -> str:
     return f"<tr>{''.join(cells)}</tr>"
 
 

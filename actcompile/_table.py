@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .report import GraphReport, Report, Row
+    from .report import EdgeRow, GraphReport, Report, Row
 
+R = TypeVar("R", "Row", "EdgeRow")
 NARROWEST, WIDEST, ROOMY = 90, 200, 150  # columns of text; from ROOMY on source lines show their code
 NO_GRAPH = (
     "No graph was compiled with a backward pass. Either the model has not run yet; or it ran only where nothing is "
@@ -85,10 +86,84 @@ def totals(report: "Report") -> str:
 
 def _graph(graph: "GraphReport", roomy: bool) -> list[RenderableType]:
     if not graph.rows:
-        return [Text(NO_ROW)]
+        return [Text(NO_ROW), *_edges(graph, roomy)]
     shown, sums = summed(graph.rows)
     parts: list[RenderableType] = [_table(shown, roomy)] if shown else []
+    return [*parts, *(Text(f"  {line}") for line in sums), *_edges(graph, roomy)]
+
+
+def _edges(graph: "GraphReport", roomy: bool) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text(f"  {line}") for line in about_edges(graph)]
+    shown, sums = summed_edges(graph.edges)
+    if shown:
+        parts.append(_edge_table(shown, roomy))
     return [*parts, *(Text(f"  {line}") for line in sums)]
+
+
+def about_edges(graph: "GraphReport") -> list[str]:
+    """What is fused of a graph's message passing, and what of it is in memory all the same; none without any."""
+    lines = []
+    if graph.fused or graph.edges:
+        fused = f"message passing: {graph.fused} region{'s' if graph.fused != 1 else ''} fused"
+        held = sum(row.held for row in graph.edges)
+        largest = max((row.nbytes for row in graph.edges), default=0)
+        tensors = f"{len(graph.edges)} tensor{'s' if len(graph.edges) != 1 else ''}"
+        in_memory = f"{tensors} with a row for each edge in memory, the largest of {human(largest)}; {human(held)} held"
+        lines.append(f"{fused}; {in_memory if graph.edges else 'no tensor with a row for each edge in memory'}")
+    if graph.remembered:
+        lines.append(f"edges grouped by node, remembered across steps: {human(graph.remembered)}")
+    return lines
+
+
+def summed_edges(rows: Iterable["EdgeRow"]) -> tuple[list["EdgeRow"], list[str]]:
+    """The rows worth a line of their own, largest first, and lines that sum up those of under 1 % of the largest."""
+    rows = sorted(rows, key=lambda r: -r.nbytes)
+    small = [r for r in rows if r.nbytes < rows[0].nbytes / 100]
+    lines = []
+    for reason, group in _by_reason(small).items():
+        total, held = human(sum(r.nbytes for r in group)), human(sum(r.held for r in group))
+        number = f"{len(group)} small tensor{'s' if len(group) != 1 else ''}"
+        lines.append(f"{number} with a row for each edge, {total} in all, {held} held: {clean(reason)}")
+    return rows[: len(rows) - len(small)], lines
+
+
+def _edge_table(rows: list["EdgeRow"], roomy: bool) -> Table:
+    table = Table(box=simple_box(), padding=(0, int(roomy), 0, 0))
+    table.add_column("layer" if roomy else "layer, source line", overflow="fold", max_width=26 if roomy else 21)
+    if roomy:
+        table.add_column("source line", no_wrap=True)
+    table.add_column("shape", overflow="fold", max_width=18 if roomy else 11)
+    table.add_column("made in")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("held", justify="right", no_wrap=True)
+    table.add_column("reason", overflow="fold")
+    for row in rows:
+        table.add_row(
+            *_where(row, roomy),
+            made_in(row),
+            human(row.nbytes),
+            Text(human(row.held) if row.held else "-", style="yellow" if row.held else "dim"),
+            Text(because(row)),
+        )
+    return table
+
+
+def made_in(row: "EdgeRow") -> str:
+    return "backward" if row.backward else "forward"
+
+
+def because(row: "EdgeRow") -> str:
+    """Why a tensor of edges is made, and how it is held."""
+    return clean(f"{row.reason}; held: {row.codec}" if row.held else row.reason)
+
+
+def _where(row: "Row | EdgeRow", roomy: bool) -> list[Text]:
+    """The first cells of a row: layer, node, source line, and shape."""
+    module, name, source = clean(row.module) or "(model)", clean(row.name), clean(row.source)
+    shape = Text(f"{clean('x'.join(row.shape)) or 'scalar'} {clean(row.dtype)}")
+    if roomy:
+        return [Text.assemble(module, (f" {name}", "dim")), Text(cut(source, 29)), shape]
+    return [Text.assemble(module, (f"\n{name} {source.partition(' ')[0]}", "dim")), shape]
 
 
 def summed(rows: Iterable["Row"]) -> tuple[list["Row"], list[str]]:
@@ -111,8 +186,8 @@ def summed(rows: Iterable["Row"]) -> tuple[list["Row"], list[str]]:
     return [r for r in rows if r not in small and r not in free], lines
 
 
-def _by_reason(rows: Iterable["Row"]) -> dict[str, list["Row"]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
+def _by_reason(rows: Iterable[R]) -> dict[str, list[R]]:
+    groups: dict[str, list[R]] = defaultdict(list)
     for row in rows:
         groups[row.reason].append(row)
     return groups
@@ -134,14 +209,8 @@ def _table(rows: list["Row"], roomy: bool) -> Table:
     table.add_column("biased", overflow="fold", max_width=9)
     table.add_column("reason", overflow="fold")
     for row in rows:
-        module, name, source = clean(row.module) or "(model)", clean(row.name), clean(row.source)
-        if roomy:
-            where = [Text.assemble(module, (f" {name}", "dim")), Text(cut(source, 29))]
-        else:
-            where = [Text.assemble(module, (f"\n{name} {source.partition(' ')[0]}", "dim"))]
         table.add_row(
-            *where,
-            Text(f"{clean('x'.join(row.shape)) or 'scalar'} {clean(row.dtype)}"),
+            *_where(row, roomy),
             Text(human(row.bytes_before)),
             Text(human(row.bytes_after), style=_colour(row)),
             Text(clean(row.codec) if roomy else re.sub(r", [\w-]+ levels\)$", ")", clean(row.codec))),

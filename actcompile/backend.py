@@ -81,7 +81,7 @@ def partition(
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, saved_fused, spared, reached, config.inner, situation)
+    report = record(split, chosen, saved_by_torch, saved_fused, fused, spared, reached, config, situation)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward

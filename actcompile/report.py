@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 from torch import fx
 
 from actcompile.passes.codecs.codecs import EXACT, UNBIASED, Keep, Recompute
+from actcompile.passes.edges.edges import Fused, inputs_grouped
+from actcompile.passes.edges.lists import lists
 from actcompile.passes.graph import _torch
-from actcompile.passes.graph.find import SavedActivation
+from actcompile.passes.graph.find import SavedActivation, maker, module_path, own_nbytes, source_line
 from actcompile.passes.graph.split import Split, is_size, is_tensor, root
 from actcompile.passes.plan.plan import Choice, Plan, is_constant
 from actcompile.passes.spare.commute import Commuted
@@ -21,6 +23,7 @@ from actcompile.passes.spare.replay import Replayed
 from actcompile.passes.spare.views import Viewed
 
 from ._call import Handed, Situation
+from .config import Config
 
 Spared = Commuted | Rebuilt | Redrawn | Replayed | Viewed
 """An activation that backward does without, and why."""
@@ -68,12 +71,48 @@ class Row:
 
     def at(self, sizes: Mapping[str, int]) -> "Row":
         """The same row with the bytes that it has at these sizes."""
-        before, after = self.bytes_before, self.bytes_after
-        if self.formula_before and (value := _torch.evaluate(self.formula_before, sizes)) is not None:
-            before = value
-        if self.formula_after and (value := _torch.evaluate(self.formula_after, sizes)) is not None:
-            after = value
+        before = _at(self.formula_before, self.bytes_before, sizes)
+        after = _at(self.formula_after, self.bytes_after, sizes)
         return replace(self, bytes_before=before, bytes_after=after)
+
+
+@dataclass(frozen=True)
+class EdgeRow:
+    """A tensor with a row for each edge that is in memory during a step.
+
+    Attributes:
+        name: the node of the graph that makes it, forward's or backward's.
+        backward: whether backward makes it.
+        nbytes: its bytes, at the sizes of the trace.
+        held: bytes that are held of it from forward to backward; none where it is not saved.
+        codec: how it is held; empty where it is not.
+        reason: why it is made.
+        formula, formula_held: these bytes in terms of the shapes' symbols, where they depend on such.
+    """
+
+    name: str
+    module: str
+    source: str
+    op: str
+    shape: tuple[str, ...]
+    dtype: str
+    backward: bool
+    nbytes: int
+    held: int
+    codec: str
+    reason: str
+    formula: str = ""
+    formula_held: str = ""
+
+    def at(self, sizes: Mapping[str, int]) -> "EdgeRow":
+        """The same row with the bytes that it has at these sizes."""
+        nbytes, held = _at(self.formula, self.nbytes, sizes), _at(self.formula_held, self.held, sizes)
+        return replace(self, nbytes=nbytes, held=held)
+
+
+def _at(formula: str, otherwise: int, sizes: Mapping[str, int]) -> int:
+    value = _torch.evaluate(formula, sizes) if formula else None
+    return otherwise if value is None else value
 
 
 @dataclass(frozen=True)
@@ -98,6 +137,10 @@ class GraphReport:
         sizes: what the symbols in shapes stand for where bytes are counted.
         bounds: those of them that depend on data, which no run has shown yet: they are at most so large.
         handed_on: the sizes that forward hands to backward, in order.
+        edges: the tensors with a row for each edge that are in memory during a step, forward's first.
+        fused: how many regions of message passing, of both directions, run as one op each.
+        grouped: positions of the inputs whose edges are grouped by node for that, which is remembered across steps.
+        remembered: bytes of these groupings after the last run.
     """
 
     rows: tuple[Row, ...]
@@ -112,6 +155,10 @@ class GraphReport:
     sizes: dict[str, int] = field(default_factory=dict)
     bounds: tuple[str, ...] = ()
     handed_on: tuple[str, ...] = ()
+    edges: tuple[EdgeRow, ...] = ()
+    fused: int = 0
+    grouped: tuple[int, ...] = ()
+    remembered: int = 0
 
     def at(self, sizes: Mapping[str, int]) -> "GraphReport":
         """The same report with the bytes at other sizes, those of a run; what is not among them stays as it was."""
@@ -122,6 +169,7 @@ class GraphReport:
         return replace(
             self,
             rows=tuple(row.at(merged) for row in self.rows),
+            edges=tuple(row.at(merged) for row in self.edges),
             sizes=merged,
             bounds=tuple(name for name in self.bounds if name not in known),
         )
@@ -147,9 +195,10 @@ class GraphReport:
             key: tuple(GraphNode(**{**n, "inputs": tuple(n["inputs"])}) for n in data[key])
             for key in ("forward_nodes", "backward_nodes")
         }
-        names = {key: tuple(data[key]) for key in ("bounds", "handed_on")}
+        edges = tuple(EdgeRow(**{**e, "shape": tuple(e["shape"])}) for e in data["edges"])
+        names = {key: tuple(data[key]) for key in ("bounds", "handed_on", "grouped")}
         handed = {key: tuple((position, kept) for position, kept in data[key]) for key in ("taken", "given")}
-        return GraphReport(**{**data, "rows": rows, **nodes, **names, **handed})
+        return GraphReport(**{**data, "rows": rows, "edges": edges, **nodes, **names, **handed})
 
 
 @dataclass(frozen=True)
@@ -228,9 +277,10 @@ def record(
     plan: Plan,
     saved_before: Iterable[SavedActivation],
     saved_fused: Iterable[SavedActivation],
+    fused: Iterable[Fused],
     spared: Iterable[Spared],
     reached: Mapping[fx.Node, tuple[int, ...]],
-    inner: str,
+    config: Config,
     situation: Situation,
 ) -> GraphReport:
     """Takes down what the passes did, from the rewritten graphs.
@@ -238,6 +288,7 @@ def record(
     Args:
         saved_before: what torch's own partition saved, before any pass of ours.
         saved_fused: what it saved after message passing was fused; the same where none was.
+        fused: the regions of message passing, fused or not.
         spared: what is not saved any more, since backward does without it.
         reached: what `reach` returned before the rewrite.
         situation: which part of a call the graph is.
@@ -266,21 +317,53 @@ def record(
         backward=split.backward.print_readable(print_output=False, include_stride=False),
         forward_nodes=_nodes(split.forward.graph, _ours),
         backward_nodes=_nodes(split.backward.graph, _ours),
-        inner=inner,
+        inner=config.inner,
         training=situation.training,
         taken=tuple((position, n in saved) for position, n in split.crossing.items() if n.name in by_torch),
         given=tuple((position, n in saved) for position, n in split.given.items() if n.name in by_torch),
         sizes={name: _torch.size_hint(size) for name, size in symbols.items()},
         bounds=tuple(name for name, size in symbols.items() if _torch.is_unbacked(size)),
         handed_on=tuple(str(_torch.expression(n.meta["val"])) for n, _ in split.pairs if is_size(n)),
+        edges=_edge_rows(split, plan, fused, config),
+        fused=sum(not region.reason for region in fused),
+        grouped=tuple(p for n in inputs_grouped(split) if (p := _torch.input_position(n)) is not None),
     )
+
+
+def _edge_rows(split: Split, plan: Plan, fused: Iterable[Fused], config: Config) -> tuple[EdgeRow, ...]:
+    unfused = {region.end: region.reason for region in fused if region.reason}
+    off = "" if config.fuse else "fuse=False"
+    rows = []
+    for tensor in lists(split, plan, unfused, off, config.inner == "inductor"):
+        value = tensor.node.meta["val"]
+        formulas = [_formula_after(choice) for choice in tensor.held]
+        rows.append(
+            EdgeRow(
+                **{**_facts(tensor.node), "op": tensor.op},
+                backward=tensor.backward,
+                nbytes=own_nbytes(value),
+                held=sum(choice.nbytes for choice in tensor.held),
+                codec=", ".join(dict.fromkeys(str(choice.codec) for choice in tensor.held)),
+                reason=tensor.reason,
+                formula=_torch.formula(math.prod(value.shape) * value.dtype.itemsize),
+                formula_held=_sum(formulas, [choice.nbytes for choice in tensor.held]),
+            )
+        )
+    return tuple(rows)
+
+
+def _sum(formulas: Sequence[str], numbers: Sequence[int]) -> str:
+    """A formula of a sum, of whose summands some are numbers; none where all are."""
+    texts = (text or str(number) for text, number in zip(formulas, numbers, strict=True))
+    return " + ".join(texts) if any(formulas) else ""
 
 
 def _row(choice: Choice, before: SavedActivation | None, added: str, reaches: tuple[int, ...]) -> Row:
     a = choice.activation
     rounded = choice.dependence if not isinstance(choice.codec, EXACT) else None
     return Row(
-        **_facts(a),
+        **_facts(a.node),
+        uses=a.uses,
         bytes_before=before.nbytes if before else 0,
         bytes_after=choice.nbytes,
         formula_before=_formula(before) if before else "",
@@ -321,7 +404,8 @@ def _dropped(a: SavedActivation, spared: Spared | None, known: bool) -> Row:
     else:
         codec, reason = "drop", "backward asked only for a mask, which is saved instead"
     return Row(
-        **_facts(a),
+        **_facts(a.node),
+        uses=a.uses,
         bytes_before=a.nbytes,
         bytes_after=0,
         codec=codec,
@@ -352,15 +436,14 @@ def _formula_after(choice: Choice) -> str:
     return f"{text} + {choice.nbytes - _torch.size_hint(encoded)}" if text else ""
 
 
-def _facts(a: SavedActivation) -> dict[str, Any]:
+def _facts(node: fx.Node) -> dict[str, Any]:
     return {
-        "name": a.node.name,
-        "module": a.module,
-        "source": a.source,
-        "op": a.op,
-        "shape": tuple(str(s) for s in a.value.shape),
-        "dtype": str(a.value.dtype).removeprefix("torch."),
-        "uses": a.uses,
+        "name": node.name,
+        "module": module_path(node),
+        "source": source_line(node),
+        "op": maker(node),
+        "shape": tuple(str(s) for s in node.meta["val"].shape),
+        "dtype": str(node.meta["val"].dtype).removeprefix("torch."),
     }
 
 

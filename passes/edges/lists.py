@@ -1,0 +1,270 @@
+"""`lists`: every tensor of a step that has a row for each edge and is in memory, and why it is there.
+
+Which axis is that of edges is found by dataflow: two indices of nodes lie along it, as the two rows of an `edge_index`
+do. In memory for certain is what is saved for backward, and what a kernel of its own makes or reads: a matrix product,
+an op of ours, a sort, a scatter on the CPU. What works element by element, takes rows or sums them up Inductor makes a
+part of a loop; it is not listed there. `aot_eager` makes all of it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from actcompile.kernels.edges.program import REDUCTIONS, parse
+
+from ..graph import _torch
+from ..graph.axes import REDUCING, SCATTERING, Axes, Link, Place
+from ..graph.find import maker, op_name
+from ..graph.split import Split, is_tensor, is_view, root
+from ..plan.plan import Choice, Plan
+from .takes import Index, reduction_of, take_of
+
+aten, ops = torch.ops.aten, torch.ops.actcompile
+
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+SELECTING = (aten.nonzero.default, aten.slice.Tensor)
+LOOPS = (  # ops that Inductor makes a part of a loop, beside pointwise ones and views
+    *(aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default, aten.cat.default),
+    *(aten.full.default, aten.expand.default, aten.clone.default, torch.ops.prims.iota.default, *REDUCING),
+    *(aten.index_put.default, aten.index_add.default, aten.constant_pad_nd.default, ops.random_mask.default),
+    *(ops.mask_to_bytes.default, ops.bytes_to_mask.default, ops.widen.default),
+)
+DECODING = (ops.dequantize.default, ops.unpack_bits.default, ops.widen.default)
+
+
+@dataclass(frozen=True)
+class EdgeTensor:
+    """A tensor with a row for each edge.
+
+    Attributes:
+        node: of the forward graph, or of the backward graph.
+        backward: which of them.
+        held: how it, or views of it, are held from forward to backward; none where it is not saved.
+        reason: why it is made.
+    """
+
+    node: fx.Node
+    backward: bool
+    held: tuple[Choice, ...]
+    reason: str
+
+    @property
+    def op(self) -> str:
+        """What makes it, such as `aten.addmm.default`."""
+        return maker(_maker(self.node))
+
+
+def lists(split: Split, plan: Plan, unfused: Mapping[str, str], off: str, compiled: bool) -> list[EdgeTensor]:
+    """Lists what has a row for each edge in both graphs, forward first, in the order in which it is made.
+
+    Args:
+        plan: how the saved activations of `split` were kept by `rewrite`.
+        unfused: from the last node of a region that was not fused to the reason.
+        off: why nothing was fused; empty where that was tried.
+        compiled: whether the graphs are compiled, so that loops are fused, or run op by op.
+    """
+    edges = _Edges(split)
+    why = _Why(split, edges, unfused, off)
+    held: dict[fx.Node, tuple[Choice, ...]] = defaultdict(tuple)
+    for choice in plan.choices:
+        if choice.nbytes:
+            held[root(choice.activation.node)] += (choice,)
+    encoded = {node for node, _ in split.pairs} - {choice.activation.node for choice in plan.choices}
+    found = []
+    for graph in (split.forward.graph, split.backward.graph):
+        for node in graph.nodes:
+            made = is_memory(node) and node not in encoded and (not compiled or in_memory(node))
+            if (made or held[node]) and edges.has(node):
+                found.append(EdgeTensor(node, graph is split.backward.graph, held[node], why.of(node)))
+    return found
+
+
+def is_memory(node: fx.Node) -> bool:
+    """Whether a node's value is memory of its own."""
+    return node.op == "call_function" and not (is_view(node) or _is_mere_number(node))
+
+
+def _is_mere_number(node: fx.Node) -> bool:
+    return not is_tensor(node) or node.meta["val"].dim() == 0
+
+
+def in_memory(node: fx.Node) -> bool:
+    """Whether a value is in memory for certain where Inductor compiles the graph: no loop makes and reads it."""
+    return not _is_loop(_maker(node)) or any(u.op == "output" or not _is_loop(u) for u in reads(node))
+
+
+def _is_loop(node: fx.Node) -> bool:
+    if node.target in SCATTERING:
+        value = node.meta["val"]
+        return value.device.type != "cpu" or (node.target is aten.scatter_add.default and torch.get_num_threads() == 1)
+    return node.target in LOOPS or is_view(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _maker(node: fx.Node) -> Any:
+    """The op that a node is a result of."""
+    return node.args[0] if node.target is operator.getitem else node
+
+
+def reads(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a node's value, also through views."""
+    for user in node.users:
+        if is_view(user) and user.op != "output":
+            yield from reads(user)
+        else:
+            yield user
+
+
+class _Edges:
+    """Which axes are those of edges."""
+
+    def __init__(self, split: Split) -> None:
+        self.axes = Axes()
+        self.graphs = [split.forward.graph, split.backward.graph]
+        self.indices: dict[Index, None] = {}
+        self.into: list[Place] = []  # dimensions that are counted in nodes, by an index
+        for graph in self.graphs:
+            self.axes.read(graph)
+            for node in graph.nodes:
+                for one, other in self._links(node):
+                    self.axes.join(one, other)
+        for node, placeholder in split.pairs:
+            for dim in range(node.meta["val"].dim() if is_tensor(node) else 0):
+                self.axes.join((node, dim), (placeholder, dim))
+        self.known = self._edges()
+        nodes = {self.axes.of(*place) for place in self.into} - self.known
+        while more := {axis for axis in self._parts() if axis not in nodes} - self.known:
+            self.known |= more
+
+    def has(self, node: fx.Node) -> bool:
+        """Whether a node's value has a row, or a column, for each edge."""
+        return is_tensor(node) and any(self.axes.of(node, d) in self.known for d in range(node.meta["val"].dim()))
+
+    def rows(self, node: fx.Node) -> object:
+        """The number of edges that a node's value has rows for."""
+        value = node.meta["val"]
+        return next(size for d, size in enumerate(value.shape) if self.axes.of(node, d) in self.known)
+
+    def _edges(self) -> set[Place]:
+        """The axes along which both ends of an edge lie: as the rows of a tensor of two, or as two tensors."""
+        ends: dict[Place, set[Index]] = {}
+        for index in self.indices:
+            ends.setdefault(self.axes.of(index.tensor, -1), set()).add(index)
+        pairs = {self.axes.of(i.tensor, -1) for i in self.indices if i.row >= 0 and i.tensor.meta["val"].shape[0] == 2}
+        return pairs | {axis for axis, known in ends.items() if len(known) > 1}
+
+    def _parts(self) -> Iterator[Place]:
+        """The axes of which an axis of edges is put together, or selected."""
+        for node in (n for graph in self.graphs for n in graph.nodes if self.has(n)):
+            args: Any = node.args
+            if node.target is aten.cat.default:
+                dim = args[1] if len(args) > 1 else 0
+                if self.axes.of(node, dim) in self.known:
+                    yield from (self.axes.of(part, dim) for part in args[0])
+            elif node.target is aten.nonzero.default and args[0].meta["val"].dim() == 1:
+                yield self.axes.of(args[0], 0)
+
+    def _links(self, node: fx.Node) -> Iterable[Link]:
+        """What message passing has in common: that of aten, whose indices are taken down, and ours."""
+        args: Any = node.args
+        if (take := take_of(node)) is not None and not _is_list(node):
+            self._index(take.index, take.matrix)
+            yield (take.index.tensor, -1), (node, 0)
+        elif (reduction := reduction_of(node)) is not None:
+            self._index(reduction.index, node)
+            yield (reduction.index.tensor, -1), (reduction.value, 0)
+        elif node.target is ops.aggregate.default:
+            matrix, weight, other, row, by, by_row, *_ = args
+            self._index(Index(other, row), matrix)
+            self._index(Index(by, by_row), node)
+            yield (by, -1), (other, -1)
+            if weight is not None:
+                yield (by, -1), (weight, 0)
+        elif node.target is ops.edges.default:
+            text, by, row, _, _, _, indices, rows, operands, grouped = args
+            self.indices |= {Index(*pair): None for pair in zip((by, *indices), (row, *rows), strict=True)}
+            for operand, tensor in zip(parse(text).operands, operands, strict=True):
+                if operand.where == "edge":
+                    yield (by, -1), (tensor, 0)
+                elif operand.where == "take":
+                    self.into.append((tensor, 0))
+            yield from (((by, -1), (index, -1)) for index in (*indices, *grouped[1:]))
+        elif node.target is operator.getitem and _maker(node).target is ops.edges.default:
+            text, by, *_ = _maker(node).args
+            if parse(text).outputs[args[1]].kind in REDUCTIONS:
+                self.into.append((node, 0))
+            else:
+                yield (by, -1), (node, 0)
+        elif node.target is operator.getitem and _maker(node).target is ops.group_edges.default and args[1] == 1:
+            yield (_maker(node).args[0], -1), (node, 0)
+
+    def _index(self, index: Index, into: fx.Node) -> None:
+        self.indices[index] = None
+        self.into.append((into, 0))
+
+
+def _is_list(node: fx.Node) -> bool:
+    return is_tensor(node) and not node.meta["val"].is_floating_point()
+
+
+class _Why:
+    def __init__(self, split: Split, edges: _Edges, unfused: Mapping[str, str], off: str) -> None:
+        self.edges, self.unfused, self.off = edges, unfused, off
+        self.returned: Collection[object] = set(split.user_outputs)
+        self.gradients: Collection[object] = set(split.backward.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def of(self, node: fx.Node) -> str:
+        """Why a tensor with a row for each edge is made."""
+        made_by, readers = _maker(node), list(reads(node))
+        held = {node, *(user for user in node.users if is_view(user))}
+        if held & set(self.returned):
+            return "the model returns it"
+        if held & set(self.gradients):
+            return "the gradient of an input or a parameter"
+        if made_by.target in DECODING:
+            return "a saved activation, decoded"
+        if made_by.target is ops.group_edges.default:
+            return "the edges in the order of nodes, for fused message passing"
+        if made_by.target is ops.edges.default and _is_list(node):
+            return "where a comparison holds, for backward"
+        if _is_list(node) and node.meta["val"].dtype is not torch.bool:
+            return "a list of edges that the model makes itself"
+        product = next((op for op in (made_by, *readers) if op.target in PRODUCTS), None)
+        if product is not None:
+            return f"{'made' if product is made_by else 'read'} by a matrix product ({op_name(product)})"
+        if node.meta["val"].device.type != "cpu":
+            return "message passing is fused on the CPU only"
+        if self.off:
+            return self.off
+        if (reason := self._unfused(node)) is not None:
+            return f"not fused: {reason}"
+        if all(_torch.known_true(size == 1) for size in node.meta["val"].shape[1:]):
+            return "one number for each edge"
+        if made_by.target is ops.edges.default:
+            return f"made by fused message passing for {_named(readers)}"
+        ours = [op for op in readers if op.target in (ops.edges.default, ops.aggregate.default)]
+        if ours:
+            return f"made by {op_name(made_by)}, which is not fused, for fused message passing"
+        return f"made by {op_name(made_by)} for {_named(readers)}, which are not fused"
+
+    def _unfused(self, node: fx.Node) -> str | None:
+        """The reason why the region that a node belongs to was not fused."""
+        seen, todo = {node}, [node]
+        while todo:
+            for user in todo.pop(0).users:
+                if user.name in self.unfused:
+                    return self.unfused[user.name]
+                if user not in seen and self.edges.has(user):
+                    seen.add(user)
+                    todo.append(user)
+        return None
+
+
+def _named(readers: Collection[fx.Node]) -> str:
+    return ", ".join(dict.fromkeys(map(op_name, readers))) or "nothing"
