@@ -36,10 +36,12 @@ from actcompile.passes.write.late import late
 from actcompile.passes.write.rewrite import rewrite
 from actcompile.passes.write.verify import verify
 
-from . import _log, _report_cache
-from ._call import Situation, guard_on_mode, noted, situation
 from .config import Config
-from .report import GraphReport, Spared, record
+from .report import cache as _report_cache
+from .report import log as _log
+from .report.data import GraphReport
+from .report.record import Spared, record
+from .tracing.call import Situation, guard_on_mode, noted, situation
 
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
 

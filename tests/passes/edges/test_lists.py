@@ -1,20 +1,17 @@
 """What the report lists as tensors with a row for each edge is what is allocated, no more and no less."""
 
-import gc
 import sys
 from collections import Counter
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import actcompile
 import actcompile.backend  # noqa: F401  the module; `actcompile.backend` is the function
-from actcompile.kernels.edges.group import remembered_nbytes
 from actcompile.report import GraphReport
-from tests.helpers import EXACT, FAST, step
-from tests.passes.edges.layers import IN, WIDTH, build, graph
+from tests.helpers import EXACT, step
+from tests.passes.edges.layers import build, graph
 
 ops = torch.ops.actcompile
 TORCH = sys.modules["actcompile.backend"]._torch
