@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import actcompile
-from actcompile.report import GraphNode, GraphReport, Report, Row
+from actcompile.report import EdgeRow, GraphNode, GraphReport, Report, Row
 from actcompile.report.condense import condense, crossings, is_quiet, short
 from actcompile.report.html import html_page, svg_drawing
 from actcompile.report.table import NO_GRAPH, human
-
 from tests import helpers
 
 OPTIONS = {"inner": "aot_eager", "min_bytes": 512, "replay": 0}
@@ -120,9 +119,9 @@ def test_the_page_holds_table_totals_drawing_and_code(report: Report) -> None:
     assert f"{human(report.saved_bytes_before)} -> {human(report.saved_bytes_after)}" in text
     shown = [tr for tr in page.iter("tr") if tr.find("td") is not None]
     values = [[int(td.get("data-value", "")) for td in tr if td.get("data-value")] for tr in shown]
-    rows = [r for g in report.graphs for r in g.rows]
-    for before, after in values:
-        assert any((r.bytes_before, r.bytes_after) == (before, after) for r in rows)
+    rows = [(r.bytes_before, r.bytes_after) for g in report.graphs for r in g.rows]
+    rows += [(r.nbytes, r.held) for g in report.graphs for r in g.edges]
+    assert all((first, second) in rows for first, second in values)
     assert len(list(page.iter(f"{SVG}svg"))) == len(report.graphs)
     code = [pre.text for pre in page.iter("pre")]
     assert code == [c.replace("\x1b", " ") for g in report.graphs for c in (g.forward, g.backward)]
@@ -139,6 +138,7 @@ def test_a_report_without_graphs() -> None:
 
 HOSTILE = ["<script>", "a&b", '"', "'><b>", "]]>", "\x00", "\ud800", "\ufffe", "&lt;"]
 TEXT = st.text(max_size=12) | st.sampled_from(HOSTILE)
+BYTES = st.integers(0, 10**12)
 OPS = ["aten.mm.default", "aten.add.Tensor", "aten.view.default", "actcompile.quantize.default"]
 
 
@@ -165,10 +165,16 @@ def graphs(draw: st.DrawFn) -> GraphReport:
             codec = draw(TEXT | st.sampled_from(["quantize(2 bits, block 8)", "keep", "recompute"]))
             fields = [draw(TEXT) for _ in range(7)]
             biased = draw(st.none() | st.booleans())
-            sizes = draw(st.integers(0, 10**12)), draw(st.integers(0, 10**12))
+            sizes = draw(BYTES), draw(BYTES)
             module, source, op, size, dtype, through, reason = fields
             rows.append(Row(node.name, module, source, op, (size,), dtype, (), *sizes, codec, biased, through, reason))
-    return GraphReport(tuple(rows), draw(TEXT), draw(TEXT), forward, backward, draw(TEXT))
+    edges = draw(
+        st.lists(st.builds(EdgeRow, *[TEXT] * 4, st.tuples(TEXT), TEXT, st.booleans(), BYTES, BYTES, TEXT, TEXT))
+    )
+    counted = {"fused": draw(BYTES), "remembered": draw(BYTES)}
+    return GraphReport(
+        tuple(rows), draw(TEXT), draw(TEXT), forward, backward, draw(TEXT), edges=tuple(edges), **counted
+    )
 
 
 @settings(max_examples=80)

@@ -14,9 +14,8 @@ from rich.console import Console
 from torch import nn
 
 import actcompile
-from actcompile.report import GraphReport, Report, Row
-from actcompile.report.table import NO_GRAPH, NO_ROW, clean, human, render, renderable, summed, totals
-
+from actcompile.report import EdgeRow, GraphReport, Report, Row
+from actcompile.report.table import NO_GRAPH, NO_ROW, clean, human, render, renderable, summed, summed_edges, totals
 from tests import helpers
 
 OPTIONS = {"inner": "aot_eager", "min_bytes": 512, "replay": 0}
@@ -81,6 +80,31 @@ def test_small_ones_are_summed_up_unless_there_is_nothing_else() -> None:
         ],
     )
     assert summed([small, small, free]) == ([small, small], ["1 input or parameter: alive anyway"])
+
+
+def edge_row(**fields: object) -> EdgeRow:
+    known = EdgeRow(
+        "addmm", "convs.0", "m.py:1 x", "aten.addmm.default", ("9",), "float32", False, 40_000, 0, "", "why"
+    )
+    return replace(known, **fields)  # type: ignore[arg-type]
+
+
+def test_tensors_of_edges_are_shown_largest_first_and_small_ones_summed_up(columns: int) -> None:
+    held = edge_row(name="mul", nbytes=90_000, held=5_000, codec="quantize(2 bits)", backward=True)
+    small = edge_row(name="sub", nbytes=400, held=400, codec="keep", reason="a list")
+    assert summed_edges([edge_row(), held, small, small]) == (
+        [held, edge_row()],
+        ["2 small tensors with a row for each edge, 800 B in all, 800 B held: a list"],
+    )
+    graph = GraphReport((row(),), "", "", (), (), "aot_eager", edges=(edge_row(), held, small), fused=3, remembered=70)
+    words = " ".join(render(Report((graph,))).split())
+    assert "message passing: 3 regions fused; 3 tensors with a row for each edge in memory" in words
+    assert "the largest of 90.0 KB; 5.40 KB held" in words
+    assert "remembered across steps: 70 B" in words
+    assert words.index("90.0 KB 5.00 KB") < words.index("40.0 KB - why")
+    nothing = render(Report((replace(graph, edges=(), remembered=0),)))
+    assert "no tensor with a row for each edge in memory" in nothing and "remembered" not in nothing
+    assert "message passing" not in render(report_of(row()))
 
 
 def test_it_says_why_nothing_was_gained() -> None:
