@@ -1,6 +1,7 @@
 """Takes down what the passes did to a graph, as a `GraphReport`."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,11 @@ from torch import fx
 
 from actcompile.passes.codecs.codecs import EXACT, UNBIASED, Keep, Recompute
 from actcompile.passes.edges.edges import Fused, inputs_grouped
-from actcompile.passes.edges.lists import lists
+from actcompile.passes.edges.lists import lists, maker_of
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import SavedActivation, maker, module_path, own_nbytes, source_line
 from actcompile.passes.graph.split import Split, is_size, is_tensor, root
+from actcompile.passes.plan.memory import lifetimes
 from actcompile.passes.plan.plan import Choice, Plan, is_constant
 from actcompile.passes.spare.commute import Commuted
 from actcompile.passes.spare.dropout import Redrawn, is_of_dropout, is_seed
@@ -87,31 +89,34 @@ def record(
 
 
 def _edge_rows(split: Split, plan: Plan, fused: Iterable[Fused], config: Config) -> tuple[EdgeRow, ...]:
+    held: dict[fx.Node, list[Choice]] = defaultdict(list)
+    for choice in plan.choices:
+        if choice.nbytes:
+            held[root(choice.activation.node)].append(choice)
+    encoded = {node for node, _ in split.pairs} - {choice.activation.node for choice in plan.choices}
+    made = [m.node for m in lifetimes(split, config.inner == "inductor") if m.node not in encoded]
     unfused = {region.end: region.reason for region in fused if region.reason}
-    off = "" if config.fuse else "fuse=False"
     rows = []
-    for tensor in lists(split, plan, unfused, off, config.inner == "inductor"):
-        value = tensor.node.meta["val"]
-        formulas = [_formula_after(choice) for choice in tensor.held]
+    for node, reason in lists(split, made, unfused, "" if config.fuse else "fuse=False").items():
+        value = node.meta["val"]
         rows.append(
             EdgeRow(
-                **{**_facts(tensor.node), "op": tensor.op},
-                backward=tensor.backward,
+                **{**_facts(node), "op": maker_of(node)},
+                backward=node.graph is split.backward.graph,
                 nbytes=own_nbytes(value),
-                held=sum(choice.nbytes for choice in tensor.held),
-                codec=", ".join(dict.fromkeys(str(choice.codec) for choice in tensor.held)),
-                reason=tensor.reason,
+                held=sum(choice.nbytes for choice in held[node]),
+                codec=", ".join(dict.fromkeys(str(choice.codec) for choice in held[node])),
+                reason=reason,
                 formula=_torch.formula(math.prod(value.shape) * value.dtype.itemsize),
-                formula_held=_sum(formulas, [choice.nbytes for choice in tensor.held]),
+                formula_held=_sum([(_formula_after(choice), choice.nbytes) for choice in held[node]]),
             )
         )
     return tuple(rows)
 
 
-def _sum(formulas: Sequence[str], numbers: Sequence[int]) -> str:
-    """A formula of a sum, of whose summands some are numbers; none where all are."""
-    texts = (text or str(number) for text, number in zip(formulas, numbers, strict=True))
-    return " + ".join(texts) if any(formulas) else ""
+def _sum(parts: Sequence[tuple[str, int]]) -> str:
+    """A formula of a sum, whose parts have one, or are numbers; none where all are."""
+    return " + ".join(text or str(number) for text, number in parts) if any(text for text, _ in parts) else ""
 
 
 def _row(choice: Choice, before: SavedActivation | None, added: str, reaches: tuple[int, ...]) -> Row:

@@ -1,17 +1,13 @@
 """`lists`: every tensor of a step that has a row for each edge and is in memory, and why it is there.
 
 Which axis is that of edges is found by dataflow: two indices of nodes lie along it, as the two rows of an `edge_index`
-do. In memory for certain is what is saved for backward, and what a kernel of its own makes or reads: a matrix product,
-an op of ours, a sort, a scatter on the CPU. What works element by element, takes rows or sums them up Inductor makes a
-part of a loop; it is not listed there. `aot_eager` makes all of it.
+do.
 """
 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,91 +16,33 @@ from torch import fx
 from actcompile.kernels.edges.program import REDUCTIONS, parse
 
 from ..graph import _torch
-from ..graph.axes import REDUCING, SCATTERING, Axes, Link, Place
+from ..graph.axes import Axes, Link, Place
 from ..graph.find import maker, op_name
-from ..graph.split import Split, is_tensor, is_view, root
-from ..plan.plan import Choice, Plan
+from ..graph.split import Split, is_tensor, is_view
 from .takes import Index, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
-SELECTING = (aten.nonzero.default, aten.slice.Tensor)
-LOOPS = (  # ops that Inductor makes a part of a loop, beside pointwise ones and views
-    *(aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default, aten.cat.default),
-    *(aten.full.default, aten.expand.default, aten.clone.default, torch.ops.prims.iota.default, *REDUCING),
-    *(aten.index_put.default, aten.index_add.default, aten.constant_pad_nd.default, ops.random_mask.default),
-    *(ops.mask_to_bytes.default, ops.bytes_to_mask.default, ops.widen.default),
-)
 DECODING = (ops.dequantize.default, ops.unpack_bits.default, ops.widen.default)
 
 
-@dataclass(frozen=True)
-class EdgeTensor:
-    """A tensor with a row for each edge.
-
-    Attributes:
-        node: of the forward graph, or of the backward graph.
-        backward: which of them.
-        held: how it, or views of it, are held from forward to backward; none where it is not saved.
-        reason: why it is made.
-    """
-
-    node: fx.Node
-    backward: bool
-    held: tuple[Choice, ...]
-    reason: str
-
-    @property
-    def op(self) -> str:
-        """What makes it, such as `aten.addmm.default`."""
-        return maker(_maker(self.node))
-
-
-def lists(split: Split, plan: Plan, unfused: Mapping[str, str], off: str, compiled: bool) -> list[EdgeTensor]:
-    """Lists what has a row for each edge in both graphs, forward first, in the order in which it is made.
+def lists(split: Split, made: Iterable[fx.Node], unfused: Mapping[str, str], off: str) -> dict[fx.Node, str]:
+    """Of the nodes of both graphs that have memory of their own, those with a row for each edge, and why they are made.
 
     Args:
-        plan: how the saved activations of `split` were kept by `rewrite`.
+        made: nodes with memory of their own.
         unfused: from the last node of a region that was not fused to the reason.
         off: why nothing was fused; empty where that was tried.
-        compiled: whether the graphs are compiled, so that loops are fused, or run op by op.
     """
     edges = _Edges(split)
     why = _Why(split, edges, unfused, off)
-    held: dict[fx.Node, tuple[Choice, ...]] = defaultdict(tuple)
-    for choice in plan.choices:
-        if choice.nbytes:
-            held[root(choice.activation.node)] += (choice,)
-    encoded = {node for node, _ in split.pairs} - {choice.activation.node for choice in plan.choices}
-    found = []
-    for graph in (split.forward.graph, split.backward.graph):
-        for node in graph.nodes:
-            made = is_memory(node) and node not in encoded and (not compiled or in_memory(node))
-            if (made or held[node]) and edges.has(node):
-                found.append(EdgeTensor(node, graph is split.backward.graph, held[node], why.of(node)))
-    return found
+    return {node: why.of(node) for node in made if edges.has(node)}
 
 
-def is_memory(node: fx.Node) -> bool:
-    """Whether a node's value is memory of its own."""
-    return node.op == "call_function" and not (is_view(node) or _is_mere_number(node))
-
-
-def _is_mere_number(node: fx.Node) -> bool:
-    return not is_tensor(node) or node.meta["val"].dim() == 0
-
-
-def in_memory(node: fx.Node) -> bool:
-    """Whether a value is in memory for certain where Inductor compiles the graph: no loop makes and reads it."""
-    return not _is_loop(_maker(node)) or any(u.op == "output" or not _is_loop(u) for u in reads(node))
-
-
-def _is_loop(node: fx.Node) -> bool:
-    if node.target in SCATTERING:
-        value = node.meta["val"]
-        return value.device.type != "cpu" or (node.target is aten.scatter_add.default and torch.get_num_threads() == 1)
-    return node.target in LOOPS or is_view(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
+def maker_of(node: fx.Node) -> str:
+    """What makes a value, such as `aten.addmm.default`, also where it is one of several results."""
+    return maker(_maker(node))
 
 
 def _maker(node: fx.Node) -> Any:
