@@ -40,7 +40,7 @@ from .config import Config
 from .report import cache as _report_cache
 from .report import log as _log
 from .report.data import GraphReport
-from .report.record import Spared, record
+from .report.record import Spared, memory, record
 from .tracing.call import Situation, guard_on_mode, noted, situation
 
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
@@ -70,9 +70,10 @@ def partition(
     fused = fuse(joint, num_fwd_outputs, config, options)
     split = cut(joint, inputs, num_fwd_outputs, situation, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
-    saved_by_torch = saved_fused = find(split)
+    by_torch, saved_fused = split, find(split)
     if any(not region.reason for region in fused):
-        saved_by_torch = find(cut(plain, inputs, num_fwd_outputs, situation, **options))
+        by_torch = cut(plain, inputs, num_fwd_outputs, situation, **options)
+    saved_by_torch, memory_by_torch = find(by_torch), memory(by_torch, config)
     chosen, spared = decide(split, config.policy(situation.training), config)
     if only is not None:
         chosen = chosen.rounding_only(only)
@@ -83,7 +84,9 @@ def partition(
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    report = record(split, chosen, saved_by_torch, saved_fused, fused, spared, reached, config, situation)
+    report = record(
+        split, chosen, saved_by_torch, saved_fused, fused, spared, reached, memory_by_torch, config, situation
+    )
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward

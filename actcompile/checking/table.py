@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..report.table import clean, human, simple_box, to_text
+from ..report.text import clean, human, simple_box, to_text
 from .data import CheckData, GradientCheck, Remedy, Suspect
 
 

@@ -5,6 +5,7 @@ It knows nothing of how it is shown: `table`, `svg` and `html` read it. Nothing 
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from actcompile.passes.graph import _torch
@@ -99,6 +100,75 @@ def _at(formula: str, otherwise: int, sizes: Mapping[str, int]) -> int:
 
 
 @dataclass(frozen=True)
+class MemoryRow:
+    """The memory of one value of a step.
+
+    Attributes:
+        kind: one of `KINDS`: "edges" or "nodes", for what has a row for each of them, "encoded", or "other".
+        nbytes: at the sizes of the trace; `formula` has it in terms of the shapes' symbols, where it depends on such.
+        first, last: positions of the step between which it is alive, both included.
+        held: whether it is saved for backward.
+    """
+
+    name: str
+    module: str
+    shape: tuple[str, ...]
+    dtype: str
+    kind: str
+    nbytes: int
+    first: int
+    last: int
+    held: bool
+    formula: str = ""
+
+    def at(self, sizes: Mapping[str, int]) -> "MemoryRow":
+        """The same row with the bytes that it has at these sizes."""
+        return replace(self, nbytes=_at(self.formula, self.nbytes, sizes))
+
+
+KINDS = ("edges", "nodes", "encoded", "other")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is alive when, over a step's forward and backward; inputs, parameters and buffers left out.
+
+    Attributes:
+        forward, backward: the numbers of positions, one for each node of the graphs.
+    """
+
+    rows: tuple[MemoryRow, ...] = ()
+    forward: int = 0
+    backward: int = 0
+
+    def live(self, *kinds: str) -> tuple[int, ...]:
+        """Live bytes at every position: of these kinds, of all by default."""
+        changes = [0] * (self.forward + self.backward + 1)
+        for row in self.rows:
+            if row.kind in (kinds or KINDS):
+                changes[row.first] += row.nbytes
+                changes[row.last + 1] -= row.nbytes
+        return tuple(accumulate(changes[:-1]))
+
+    @property
+    def peak(self) -> int:
+        return max(self.live(), default=0)
+
+    def at_peak(self) -> list[MemoryRow]:
+        """What is alive at the peak, the first of several, largest first."""
+        live = self.live()
+        at = live.index(max(live)) if live else 0
+        return sorted((r for r in self.rows if r.first <= at <= r.last), key=lambda r: -r.nbytes)
+
+    def at(self, sizes: Mapping[str, int]) -> "Memory":
+        return replace(self, rows=tuple(row.at(sizes) for row in self.rows))
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Memory":
+        return Memory(**{**data, "rows": tuple(MemoryRow(**{**r, "shape": tuple(r["shape"])}) for r in data["rows"])})
+
+
+@dataclass(frozen=True)
 class GraphNode:
     """One node of a rewritten graph, for drawing. `inserted` marks what actcompile added."""
 
@@ -124,6 +194,7 @@ class GraphReport:
         fused: how many regions of message passing, of both directions, run as one op each.
         grouped: positions of the inputs whose edges are grouped by node for that, which is remembered across steps.
         remembered: bytes of these groupings after the last run.
+        memory_before, memory_after: what is alive when in a step, as torch alone has it, and now.
     """
 
     rows: tuple[Row, ...]
@@ -142,6 +213,8 @@ class GraphReport:
     fused: int = 0
     grouped: tuple[int, ...] = ()
     remembered: int = 0
+    memory_before: Memory = Memory()
+    memory_after: Memory = Memory()
 
     def at(self, sizes: Mapping[str, int]) -> "GraphReport":
         """The same report with the bytes at other sizes, those of a run; what is not among them stays as it was."""
@@ -153,6 +226,8 @@ class GraphReport:
             self,
             rows=tuple(row.at(merged) for row in self.rows),
             edges=tuple(row.at(merged) for row in self.edges),
+            memory_before=self.memory_before.at(merged),
+            memory_after=self.memory_after.at(merged),
             sizes=merged,
             bounds=tuple(name for name in self.bounds if name not in known),
         )
@@ -179,9 +254,10 @@ class GraphReport:
             for key in ("forward_nodes", "backward_nodes")
         }
         edges = tuple(EdgeRow(**{**e, "shape": tuple(e["shape"])}) for e in data["edges"])
+        memory = {key: Memory.from_dict(data[key]) for key in ("memory_before", "memory_after")}
         names = {key: tuple(data[key]) for key in ("bounds", "handed_on", "grouped")}
         handed = {key: tuple((position, kept) for position, kept in data[key]) for key in ("taken", "given")}
-        return GraphReport(**{**data, "rows": rows, "edges": edges, **nodes, **names, **handed})
+        return GraphReport(**{**data, "rows": rows, "edges": edges, **memory, **nodes, **names, **handed})
 
 
 @dataclass(frozen=True)

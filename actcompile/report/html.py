@@ -8,21 +8,11 @@ from html import escape
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from .data import EdgeRow, GraphReport, ReportData, Row
+from .memory import STYLE as MEMORY_STYLE
+from .memory import at_peak, draw_memory, is_drawn, peaks
 from .svg import STYLE, draw
-from .table import (
-    NO_GRAPH,
-    NO_ROW,
-    about_edges,
-    because,
-    biased,
-    clean,
-    heading,
-    human,
-    made_in,
-    summed,
-    summed_edges,
-    totals,
-)
+from .table import NO_GRAPH, NO_ROW, about_edges, heading, summed, summed_edges, totals
+from .text import because, biased, clean, human, made_in
 
 PAGE_STYLE = """
 .actcompile { font: 14px/1.45 system-ui, sans-serif; color: #1f2937; background: #ffffff; padding: 16px 24px; }
@@ -69,20 +59,20 @@ NUMBERS = ("before", "after", "bytes", "held")
 
 def svg_drawing(report: ReportData) -> str:
     """Both rewritten graphs of every compiled graph as one SVG file, one below the other; inserted ops are filled."""
-    drawings = [draw(graph) for graph in report.graphs]
-    titles = [heading(report, number) for number in range(len(drawings))]
-    width = max([900.0, *(float(d.get("width", 0)) for d in drawings)])
     svg = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "ac"})
-    SubElement(svg, "style").text = STYLE
+    SubElement(svg, "style").text = STYLE + MEMORY_STYLE
     SubElement(svg, "rect", {"class": "page", "width": "100%", "height": "100%"})
-    top = 0.0
-    for drawing, title in zip(drawings, titles, strict=True):
-        SubElement(svg, "text", {"class": "head", "x": "14", "y": f"{top + 24:.0f}"}).text = title
-        drawing.attrib.pop("xmlns")
-        drawing.set("y", f"{top + 34:.0f}")
-        svg.append(drawing)
-        top += 34 + float(drawing.get("height", 0))
-    for line in [] if drawings else NO_GRAPH.replace("; ", ";\n").replace(". ", ".\n").splitlines():
+    top, width = 0.0, 900.0
+    for number, graph in enumerate(report.graphs):
+        SubElement(svg, "text", {"class": "head", "x": "14", "y": f"{top + 24:.0f}"}).text = heading(report, number)
+        top += 34
+        for drawing in (*([draw_memory(graph)] if is_drawn(graph) else []), draw(graph)):
+            drawing.attrib.pop("xmlns")
+            drawing.set("y", f"{top:.0f}")
+            svg.append(drawing)
+            top += float(drawing.get("height", 0))
+            width = max(width, float(drawing.get("width", 0)))
+    for line in [] if report.graphs else NO_GRAPH.replace("; ", ";\n").replace(". ", ".\n").splitlines():
         top += 20
         SubElement(svg, "text", x="14", y=f"{top + 4:.0f}").text = line
     height = f"{top + 20:.0f}"
@@ -98,7 +88,7 @@ def html_page(report: ReportData) -> str:
     first = totals(report) if graphs else NO_GRAPH
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><title>actcompile: saved activations</title>
-<meta name="viewport" content="width=device-width"/><style>{PAGE_STYLE}{STYLE}</style></head>
+<meta name="viewport" content="width=device-width"/><style>{PAGE_STYLE}{STYLE}{MEMORY_STYLE}</style></head>
 <body style="margin: 0"><div class="actcompile"><h1>Saved activations</h1>
 <p class="totals">{_safe(first)}</p>{f"<ul>{notes}</ul>" if notes else ""}{f"<p>{keys}</p>" if graphs else ""}
 {"".join(graphs)}
@@ -115,7 +105,7 @@ def _section(report: ReportData, number: int) -> str:
     )
     return f"""<h2>{_safe(heading(report, number))}</h2>
 <div class="wide">{_table(graph)}</div>
-{_edges(graph)}<details open="open"><summary>drawing (point at a box to see its nodes)</summary>
+{_edges(graph)}{_memory(graph)}<details open="open"><summary>drawing (point at a box to see its nodes)</summary>
 <div class="wide">{drawing}</div></details>
 {code}"""
 
@@ -133,6 +123,18 @@ def _edges(graph: GraphReport) -> str:
     lines = "".join(f"<p>{_safe(line)}</p>" for line in about_edges(graph))
     table = _of_columns(EDGE_COLUMNS, map(_edge_row, shown)) if shown else ""
     return f'{lines}<div class="wide">{table}{_dim_list(sums)}</div>\n' if lines else ""
+
+
+def _memory(graph: GraphReport) -> str:
+    if not is_drawn(graph):
+        return ""
+    heads, rows = at_peak(graph)
+    cells = (
+        _cells(*(f'<td class="{"number" if i else ""}">{_safe(c)}</td>' for i, c in enumerate(row))) for row in rows
+    )
+    table = _of_columns(tuple(heads), cells)
+    drawing = tostring(draw_memory(graph), encoding="unicode")
+    return f'<p>{_safe(peaks(graph))}</p><div class="wide">{drawing}</div><div class="wide">{table}</div>\n'
 
 
 def _of_columns(columns: tuple[str, ...], rows: Iterable[str]) -> str:
@@ -167,6 +169,10 @@ def _where(row: Row | EdgeRow) -> list[str]:
         f"<td><code>{_safe(row.source)}</code></td>",
         f"<td>{_safe('x'.join(row.shape) or 'scalar')} {_safe(row.dtype)}</td>",
     ]
+
+
+def _right(text: str) -> str:
+    return f'<td class="number">{_safe(text)}</td>'
 
 
 def _number(nbytes: int, kind: str = "") -> str:

@@ -2,15 +2,16 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from actcompile.passes.codecs.codecs import EXACT, UNBIASED, Keep, Recompute
 from actcompile.passes.edges.edges import Fused, inputs_grouped
-from actcompile.passes.edges.lists import lists, maker_of
+from actcompile.passes.edges.lists import Counted, lists, maker_of
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import SavedActivation, maker, module_path, own_nbytes, source_line
 from actcompile.passes.graph.split import Split, is_size, is_tensor, root
@@ -24,7 +25,7 @@ from actcompile.passes.spare.views import Viewed
 
 from ..config import Config
 from ..tracing.call import Situation
-from .data import EdgeRow, GraphNode, GraphReport, Row
+from .data import EdgeRow, GraphNode, GraphReport, Memory, MemoryRow, Row
 
 Spared = Commuted | Rebuilt | Redrawn | Replayed | Viewed
 """An activation that backward does without, and why."""
@@ -38,6 +39,7 @@ def record(
     fused: Iterable[Fused],
     spared: Iterable[Spared],
     reached: Mapping[fx.Node, tuple[int, ...]],
+    memory_before: Memory,
     config: Config,
     situation: Situation,
 ) -> GraphReport:
@@ -49,6 +51,7 @@ def record(
         fused: the regions of message passing, fused or not.
         spared: what is not saved any more, since backward does without it.
         reached: what `reach` returned before the rewrite.
+        memory_before: what `memory` returned of torch's own partition.
         situation: which part of a call the graph is.
     """
     counted = {node.name for position in situation.counted if (node := split.crossing.get(position))}
@@ -69,6 +72,8 @@ def record(
         rows.append(_row(choice, was, added, reached.get(a.placeholder, ())))
     rows += [_dropped(a, without.get(a.node.name), a.node.name in known) for a in before.values()]
     symbols = split.symbols(saved_before)
+    axes = Counted(split)
+    encoded = {node for node, _ in split.pairs} - {choice.activation.node for choice in plan.choices}
     return GraphReport(
         rows=tuple(sorted(rows, key=lambda r: -r.bytes_before)),
         forward=split.forward.print_readable(print_output=False, include_stride=False),
@@ -82,36 +87,75 @@ def record(
         sizes={name: _torch.size_hint(size) for name, size in symbols.items()},
         bounds=tuple(name for name, size in symbols.items() if _torch.is_unbacked(size)),
         handed_on=tuple(str(_torch.expression(n.meta["val"])) for n, _ in split.pairs if is_size(n)),
-        edges=_edge_rows(split, plan, fused, config),
+        edges=_edge_rows(split, axes, plan, fused, config, encoded),
         fused=sum(not region.reason for region in fused),
         grouped=tuple(p for n in inputs_grouped(split) if (p := _torch.input_position(n)) is not None),
+        memory_before=memory_before,
+        memory_after=_memory(split, axes, config, encoded),
     )
 
 
-def _edge_rows(split: Split, plan: Plan, fused: Iterable[Fused], config: Config) -> tuple[EdgeRow, ...]:
+def memory(split: Split, config: Config) -> Memory:
+    """What is alive when in a step of both graphs as they are, with nothing encoded yet."""
+    return _memory(split, Counted(split), config, ())
+
+
+def _memory(split: Split, counted: Counted, config: Config, encoded: Collection[fx.Node]) -> Memory:
+    rows = []
+    for m in lifetimes(split, config.inner == "inductor"):
+        value = m.node.meta["val"]
+        kinds = {
+            "encoded": m.node in encoded,
+            "edges": counted.in_edges(m.node),
+            "nodes": counted.in_nodes(m.node),
+            "other": True,
+        }
+        rows.append(
+            MemoryRow(
+                m.name,
+                m.module,
+                m.shape,
+                str(value.dtype).removeprefix("torch."),
+                next(kind for kind, fits in kinds.items() if fits),
+                m.nbytes,
+                m.first,
+                m.last,
+                m.backward_first is not None,
+                _nbytes(value),
+            )
+        )
+    return Memory(tuple(rows), len(split.forward.graph.nodes), len(split.backward.graph.nodes))
+
+
+def _edge_rows(
+    split: Split, counted: Counted, plan: Plan, fused: Iterable[Fused], config: Config, encoded: Collection[fx.Node]
+) -> tuple[EdgeRow, ...]:
     held: dict[fx.Node, list[Choice]] = defaultdict(list)
     for choice in plan.choices:
         if choice.nbytes:
             held[root(choice.activation.node)].append(choice)
-    encoded = {node for node, _ in split.pairs} - {choice.activation.node for choice in plan.choices}
     made = [m.node for m in lifetimes(split, config.inner == "inductor") if m.node not in encoded]
     unfused = {region.end: region.reason for region in fused if region.reason}
     rows = []
-    for node, reason in lists(split, made, unfused, "" if config.fuse else "fuse=False").items():
-        value = node.meta["val"]
+    for node, reason in lists(split, counted, made, unfused, "" if config.fuse else "fuse=False").items():
         rows.append(
             EdgeRow(
                 **{**_facts(node), "op": maker_of(node)},
                 backward=node.graph is split.backward.graph,
-                nbytes=own_nbytes(value),
+                nbytes=own_nbytes(node.meta["val"]),
                 held=sum(choice.nbytes for choice in held[node]),
                 codec=", ".join(dict.fromkeys(str(choice.codec) for choice in held[node])),
                 reason=reason,
-                formula=_torch.formula(math.prod(value.shape) * value.dtype.itemsize),
+                formula=_nbytes(node.meta["val"]),
                 formula_held=_sum([(_formula_after(choice), choice.nbytes) for choice in held[node]]),
             )
         )
     return tuple(rows)
+
+
+def _nbytes(value: torch.Tensor) -> str:
+    """The formula of a tensor's bytes."""
+    return _torch.formula(math.prod(value.shape) * value.dtype.itemsize)
 
 
 def _sum(parts: Sequence[tuple[str, int]]) -> str:

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 from .condense import Box, Crossing, condense, crossings, short
 from .data import GraphNode, GraphReport
-from .table import biased, clean, cut, human
+from .text import biased, clean, cut, human
 
 PITCH, HEIGHT, CHARACTER = 32, 22, 6.7  # pixels: from row to row, of a box, of a letter at 11 px
 BOX, PILL, CHIP, GUTTER, LANE = 236, 116, 330, 34, 11

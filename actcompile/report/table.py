@@ -1,22 +1,20 @@
 """A report as a table of text: one line per saved activation, what became of it, and why."""
 
-import io
 import re
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TypeVar
 
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from .data import EdgeRow, GraphReport, ReportData, Row
+from .memory import is_drawn, peaks, plots
+from .text import ROOMY, because, biased, clean, count, cut, human, made_in, simple_box, to_text, width
 
 R = TypeVar("R", Row, EdgeRow)
-NARROWEST, WIDEST, ROOMY = 90, 200, 150  # columns of text; from ROOMY on source lines show their code
 NO_GRAPH = (
     "No graph was compiled with a backward pass. Either the model has not run yet; or it ran only where nothing is "
     "saved for backward (under torch.no_grad(), in inference mode, or with no tensor that requires a gradient); or "
@@ -30,19 +28,7 @@ def render(report: ReportData) -> str:
 
     For colours, print the report through rich: `rich.print(report)`.
     """
-    return to_text(renderable(report, roomy=_width() >= ROOMY))
-
-
-def to_text(what: RenderableType) -> str:
-    """Something of rich's as plain text, as wide as the terminal."""
-    out = io.StringIO()
-    console = Console(file=out, width=_width(), color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(what)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
-
-
-def _width() -> int:
-    return min(max(shutil.get_terminal_size((100, 24)).columns, NARROWEST), WIDEST)
+    return to_text(renderable(report, roomy=width() >= ROOMY))
 
 
 def renderable(report: ReportData, roomy: bool | None = None) -> Group:
@@ -55,7 +41,7 @@ def renderable(report: ReportData, roomy: bool | None = None) -> Group:
         roomy = shutil.get_terminal_size((100, 24)).columns >= ROOMY
     parts: list[RenderableType] = []
     for number, graph in enumerate(report.graphs):
-        parts += [Text(heading(report, number), style="bold"), *_graph(graph, roomy), Text()]
+        parts += [Text(heading(report, number), style="bold"), *_graph(graph, roomy), *_memory(graph), Text()]
     if not report.graphs:
         parts.append(Text(NO_GRAPH))
     else:
@@ -97,6 +83,10 @@ def _edges(graph: GraphReport, roomy: bool) -> list[RenderableType]:
     if shown:
         parts.append(_edge_table(shown, roomy))
     return [*parts, *(Text(f"  {line}") for line in sums)]
+
+
+def _memory(graph: GraphReport) -> list[RenderableType]:
+    return [Text(f"  {peaks(graph)}"), *plots(graph, width())] if is_drawn(graph) else []
 
 
 def about_edges(graph: GraphReport) -> list[str]:
@@ -147,15 +137,6 @@ def _edge_table(rows: list[EdgeRow], roomy: bool) -> Table:
     return table
 
 
-def made_in(row: EdgeRow) -> str:
-    return "backward" if row.backward else "forward"
-
-
-def because(row: EdgeRow) -> str:
-    """Why a tensor of edges is made, and how it is held."""
-    return clean(f"{row.reason}; held: {row.codec}" if row.held else row.reason)
-
-
 def _where(row: Row | EdgeRow, roomy: bool) -> list[Text]:
     """The first cells of a row: layer, node, source line, and shape."""
     module, name, source = clean(row.module) or "(model)", clean(row.name), clean(row.source)
@@ -192,10 +173,6 @@ def _by_reason(rows: Iterable[R]) -> dict[str, list[R]]:
     return groups
 
 
-def count(things: list[Row], name: str) -> str:
-    return f"{len(things)} {name}" + ("s" if len(things) != 1 else "")
-
-
 def _table(rows: list[Row], roomy: bool) -> Table:
     table = Table(box=simple_box(), padding=(0, int(roomy), 0, 0))
     table.add_column("layer" if roomy else "layer, source line", overflow="fold", max_width=26 if roomy else 21)
@@ -219,36 +196,5 @@ def _table(rows: list[Row], roomy: bool) -> Table:
     return table
 
 
-def simple_box() -> box.Box:
-    """A line below the head, in characters that the terminal has."""
-    return box.SIMPLE_HEAD if (sys.stdout.encoding or "utf-8").lower().startswith("utf") else box.ASCII2
-
-
-def biased(row: Row) -> str:
-    """`no`, `through aten.mul`, or `-` where nothing is rounded."""
-    if row.biased is None:
-        return "-"
-    return f"through {'.'.join(clean(row.through).split('.')[:2])}" if row.biased else "no"
-
-
 def _colour(row: Row) -> str:
     return "green" if row.bytes_after < row.bytes_before else "yellow" if row.bytes_after else "dim"
-
-
-def human(nbytes: int) -> str:
-    """Bytes for people, three digits and more: `512 B`, `8.19 KB`, `16.4 MB` (MB = 10**6 bytes), `1,388 MB`."""
-    if nbytes < 1000:
-        return f"{nbytes} B"
-    unit, value = ("KB", nbytes / 1e3) if nbytes < 999_500 else ("MB", nbytes / 1e6)
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:,.{digits}f} {unit}"
-
-
-def cut(text: str, length: int) -> str:
-    """`text`, its end replaced by dots where it is longer than `length`."""
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def clean(text: str, keep: str = "") -> str:
-    """Control characters, lone surrogates and line breaks become blanks: neither XML nor a terminal takes them."""
-    return "".join(c if c.isprintable() or c in keep else " " for c in text)

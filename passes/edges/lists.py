@@ -27,17 +27,19 @@ PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.
 DECODING = (ops.dequantize.default, ops.unpack_bits.default, ops.widen.default)
 
 
-def lists(split: Split, made: Iterable[fx.Node], unfused: Mapping[str, str], off: str) -> dict[fx.Node, str]:
+def lists(
+    split: Split, counted: Counted, made: Iterable[fx.Node], unfused: Mapping[str, str], off: str
+) -> dict[fx.Node, str]:
     """Of the nodes of both graphs that have memory of their own, those with a row for each edge, and why they are made.
 
     Args:
+        counted: what rows are counted in.
         made: nodes with memory of their own.
         unfused: from the last node of a region that was not fused to the reason.
         off: why nothing was fused; empty where that was tried.
     """
-    edges = _Edges(split)
-    why = _Why(split, edges, unfused, off)
-    return {node: why.of(node) for node in made if edges.has(node)}
+    why = _Why(split, counted, unfused, off)
+    return {node: why.of(node) for node in made if counted.in_edges(node)}
 
 
 def maker_of(node: fx.Node) -> str:
@@ -59,8 +61,8 @@ def reads(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-class _Edges:
-    """Which axes are those of edges."""
+class Counted:
+    """What the rows, or columns, of the tensors of both graphs are counted in: edges, or nodes that edges name."""
 
     def __init__(self, split: Split) -> None:
         self.axes = Axes()
@@ -75,19 +77,21 @@ class _Edges:
         for node, placeholder in split.pairs:
             for dim in range(node.meta["val"].dim() if is_tensor(node) else 0):
                 self.axes.join((node, dim), (placeholder, dim))
-        self.known = self._edges()
-        nodes = {self.axes.of(*place) for place in self.into} - self.known
-        while more := {axis for axis in self._parts() if axis not in nodes} - self.known:
-            self.known |= more
+        self.edges = self._edges()
+        self.nodes = {self.axes.of(*place) for place in self.into} - self.edges
+        while more := {axis for axis in self._parts() if axis not in self.nodes} - self.edges:
+            self.edges |= more
 
-    def has(self, node: fx.Node) -> bool:
+    def in_edges(self, node: fx.Node) -> bool:
         """Whether a node's value has a row, or a column, for each edge."""
-        return is_tensor(node) and any(self.axes.of(node, d) in self.known for d in range(node.meta["val"].dim()))
+        return not self._axes(node).isdisjoint(self.edges)
 
-    def rows(self, node: fx.Node) -> object:
-        """The number of edges that a node's value has rows for."""
-        value = node.meta["val"]
-        return next(size for d, size in enumerate(value.shape) if self.axes.of(node, d) in self.known)
+    def in_nodes(self, node: fx.Node) -> bool:
+        """Whether a node's value has a row, or a column, for each node of the model's graph, and none for each edge."""
+        return not self.in_edges(node) and not self._axes(node).isdisjoint(self.nodes)
+
+    def _axes(self, node: fx.Node) -> set[Place]:
+        return {self.axes.of(node, d) for d in range(node.meta["val"].dim())} if is_tensor(node) else set()
 
     def _edges(self) -> set[Place]:
         """The axes along which both ends of an edge lie: as the rows of a tensor of two, or as two tensors."""
@@ -99,11 +103,11 @@ class _Edges:
 
     def _parts(self) -> Iterator[Place]:
         """The axes of which an axis of edges is put together, or selected."""
-        for node in (n for graph in self.graphs for n in graph.nodes if self.has(n)):
+        for node in (n for graph in self.graphs for n in graph.nodes if self.in_edges(n)):
             args: Any = node.args
             if node.target is aten.cat.default:
                 dim = args[1] if len(args) > 1 else 0
-                if self.axes.of(node, dim) in self.known:
+                if self.axes.of(node, dim) in self.edges:
                     yield from (self.axes.of(part, dim) for part in args[0])
             elif node.target is aten.nonzero.default and args[0].meta["val"].dim() == 1:
                 yield self.axes.of(args[0], 0)
@@ -152,8 +156,8 @@ def _is_list(node: fx.Node) -> bool:
 
 
 class _Why:
-    def __init__(self, split: Split, edges: _Edges, unfused: Mapping[str, str], off: str) -> None:
-        self.edges, self.unfused, self.off = edges, unfused, off
+    def __init__(self, split: Split, counted: Counted, unfused: Mapping[str, str], off: str) -> None:
+        self.counted, self.unfused, self.off = counted, unfused, off
         self.returned: Collection[object] = set(split.user_outputs)
         self.gradients: Collection[object] = set(split.backward.graph.output_node().args[0])  # type: ignore[arg-type]
 
@@ -198,7 +202,7 @@ class _Why:
             for user in todo.pop(0).users:
                 if user.name in self.unfused:
                     return self.unfused[user.name]
-                if user not in seen and self.edges.has(user):
+                if user not in seen and self.counted.in_edges(user):
                     seen.add(user)
                     todo.append(user)
         return None

@@ -13,7 +13,8 @@ import actcompile
 from actcompile.report import EdgeRow, GraphNode, GraphReport, Report, Row
 from actcompile.report.condense import condense, crossings, is_quiet, short
 from actcompile.report.html import html_page, svg_drawing
-from actcompile.report.table import NO_GRAPH, human
+from actcompile.report.table import NO_GRAPH
+from actcompile.report.text import human
 from tests import helpers
 
 OPTIONS = {"inner": "aot_eager", "min_bytes": 512, "replay": 0}

@@ -15,7 +15,8 @@ from torch import nn
 
 import actcompile
 from actcompile.report import EdgeRow, GraphReport, Report, Row
-from actcompile.report.table import NO_GRAPH, NO_ROW, clean, human, render, renderable, summed, summed_edges, totals
+from actcompile.report.table import NO_GRAPH, NO_ROW, render, renderable, summed, summed_edges, totals
+from actcompile.report.text import clean, human
 from tests import helpers
 
 OPTIONS = {"inner": "aot_eager", "min_bytes": 512, "replay": 0}
