@@ -12,7 +12,7 @@ from .memory import STYLE as MEMORY_STYLE
 from .memory import at_peak, draw_memory, is_drawn, peaks
 from .svg import STYLE, draw
 from .table import NO_GRAPH, NO_ROW, about_edges, heading, summed, summed_edges, totals
-from .text import because, biased, clean, human, made_in
+from .text import because, biased, clean, human, made_in, shape_of
 
 PAGE_STYLE = """
 .actcompile { font: 14px/1.45 system-ui, sans-serif; color: #1f2937; background: #ffffff; padding: 16px 24px; }
@@ -167,7 +167,7 @@ def _where(row: Row | EdgeRow) -> list[str]:
         f"<td>{_safe(row.module or '(model)')}</td>",
         f"<td><code>{_safe(row.name)}</code></td>",
         f"<td><code>{_safe(row.source)}</code></td>",
-        f"<td>{_safe('x'.join(row.shape) or 'scalar')} {_safe(row.dtype)}</td>",
+        f"<td>{_safe(shape_of(row))} {_safe(row.dtype)}</td>",
     ]
 
 

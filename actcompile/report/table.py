@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .data import EdgeRow, GraphReport, ReportData, Row
 from .memory import is_drawn, peaks, plots
-from .text import ROOMY, because, biased, clean, count, cut, human, made_in, simple_box, to_text, width
+from .text import ROOMY, because, biased, clean, count, cut, human, made_in, shape_of, simple_box, to_text, width
 
 R = TypeVar("R", Row, EdgeRow)
 NO_GRAPH = (
@@ -94,11 +94,11 @@ def about_edges(graph: GraphReport) -> list[str]:
     lines = []
     if graph.fused or graph.edges:
         fused = f"message passing: {graph.fused} region{'s' if graph.fused != 1 else ''} fused"
-        held = sum(row.held for row in graph.edges)
-        largest = max((row.nbytes for row in graph.edges), default=0)
-        tensors = f"{len(graph.edges)} tensor{'s' if len(graph.edges) != 1 else ''}"
-        in_memory = f"{tensors} with a row for each edge in memory, the largest of {human(largest)}; {human(held)} held"
-        lines.append(f"{fused}; {in_memory if graph.edges else 'no tensor with a row for each edge in memory'}")
+        lines.append(fused if graph.edges else f"{fused}; no tensor with a row for each edge is in memory")
+    if graph.edges:
+        held, largest = sum(row.held for row in graph.edges), max(row.nbytes for row in graph.edges)
+        tensors = f"{len(graph.edges)} tensor{'s' if len(graph.edges) != 1 else ''} with a row for each edge in memory"
+        lines.append(f"{tensors}, the largest of {human(largest)}; {human(held)} held for backward")
     if graph.remembered:
         lines.append(f"edges grouped by node, remembered across steps: {human(graph.remembered)}")
     return lines
@@ -140,7 +140,7 @@ def _edge_table(rows: list[EdgeRow], roomy: bool) -> Table:
 def _where(row: Row | EdgeRow, roomy: bool) -> list[Text]:
     """The first cells of a row: layer, node, source line, and shape."""
     module, name, source = clean(row.module) or "(model)", clean(row.name), clean(row.source)
-    shape = Text(f"{clean('x'.join(row.shape)) or 'scalar'} {clean(row.dtype)}")
+    shape = Text(f"{clean(shape_of(row))} {clean(row.dtype)}")
     if roomy:
         return [Text.assemble(module, (f" {name}", "dim")), Text(cut(source, 29)), shape]
     return [Text.assemble(module, (f"\n{name} {source.partition(' ')[0]}", "dim")), shape]

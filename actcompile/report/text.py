@@ -46,6 +46,11 @@ def biased(row: Row) -> str:
     return f"through {'.'.join(clean(row.through).split('.')[:2])}" if row.biased else "no"
 
 
+def shape_of(row: Row | EdgeRow) -> str:
+    """`169343x256`, `(u0 + 53)x8`, or `scalar`."""
+    return "x".join(f"({size})" if " " in size and len(row.shape) > 1 else size for size in row.shape) or "scalar"
+
+
 def made_in(row: EdgeRow) -> str:
     return "backward" if row.backward else "forward"
 

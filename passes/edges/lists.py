@@ -24,7 +24,7 @@ from .takes import Index, reduction_of, take_of
 aten, ops = torch.ops.aten, torch.ops.actcompile
 
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
-DECODING = (ops.dequantize.default, ops.unpack_bits.default, ops.widen.default)
+DECODING = (ops.dequantize.default, ops.unpack_bits.default, ops.widen.default, ops.bytes_to_mask.default)
 
 
 def lists(
@@ -111,6 +111,10 @@ class Counted:
                     yield from (self.axes.of(part, dim) for part in args[0])
             elif node.target is aten.nonzero.default and args[0].meta["val"].dim() == 1:
                 yield self.axes.of(args[0], 0)
+            elif node.target is aten.index.Tensor:
+                for dim, mask in enumerate(args[1]):
+                    if mask is not None and mask.meta["val"].dtype is torch.bool and mask.meta["val"].dim() == 1:
+                        yield from (self.axes.of(mask, 0), self.axes.of(args[0], dim))
 
     def _links(self, node: fx.Node) -> Iterable[Link]:
         """What message passing has in common: that of aten, whose indices are taken down, and ours."""
@@ -175,11 +179,15 @@ class _Why:
             return "the edges in the order of nodes, for fused message passing"
         if made_by.target is ops.edges.default and _is_list(node):
             return "where a comparison holds, for backward"
-        if _is_list(node) and node.meta["val"].dtype is not torch.bool:
+        if node.meta["val"].dtype in (torch.int64, torch.int32):
             return "a list of edges that the model makes itself"
+        if any(op.target is ops.pack_bits.default for op in readers):
+            return "a mask that is saved in bits"
         product = next((op for op in (made_by, *readers) if op.target in PRODUCTS), None)
         if product is not None:
             return f"{'made' if product is made_by else 'read'} by a matrix product ({op_name(product)})"
+        if (op := self._product_before(node)) is not None:
+            return f"made of a matrix product's result ({op_name(op)})"
         if node.meta["val"].device.type != "cpu":
             return "message passing is fused on the CPU only"
         if self.off:
@@ -194,6 +202,18 @@ class _Why:
         if ours:
             return f"made by {op_name(made_by)}, which is not fused, for fused message passing"
         return f"made by {op_name(made_by)} for {_named(readers)}, which are not fused"
+
+    def _product_before(self, node: fx.Node) -> fx.Node | None:
+        """A matrix product of whose result a node is made, element by element."""
+        seen, todo = {node}, [node]
+        while todo:
+            made = todo.pop()
+            if made.target in PRODUCTS:
+                return made
+            if is_view(made) or torch.Tag.pointwise in getattr(made.target, "tags", ()):
+                todo += [n for n in made.all_input_nodes if n not in seen and self.counted.in_edges(n)]
+                seen.update(todo)
+        return None
 
     def _unfused(self, node: fx.Node) -> str | None:
         """The reason why the region that a node belongs to was not fused."""

@@ -99,12 +99,12 @@ def test_tensors_of_edges_are_shown_largest_first_and_small_ones_summed_up(colum
     )
     graph = GraphReport((row(),), "", "", (), (), "aot_eager", edges=(edge_row(), held, small), fused=3, remembered=70)
     words = " ".join(render(Report((graph,))).split())
-    assert "message passing: 3 regions fused; 3 tensors with a row for each edge in memory" in words
+    assert "message passing: 3 regions fused 3 tensors with a row for each edge in memory" in words
     assert "the largest of 90.0 KB; 5.40 KB held" in words
     assert "remembered across steps: 70 B" in words
     assert words.index("90.0 KB 5.00 KB") < words.index("40.0 KB - why")
     nothing = render(Report((replace(graph, edges=(), remembered=0),)))
-    assert "no tensor with a row for each edge in memory" in nothing and "remembered" not in nothing
+    assert "no tensor with a row for each edge is in memory" in nothing and "remembered" not in nothing
     assert "message passing" not in render(report_of(row()))
 
 
