@@ -87,14 +87,17 @@ def by_layer(memory: Memory) -> dict[str, Counter[str]]:
 def at_peak(graph: GraphReport) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of a table of what is alive at the peaks: layers, and for before and after the kinds in bytes.
 
-    The largest layers come first, and the smallest ones, of more than `LAYERS`, as one.
+    The largest layers come first, and those after `LAYERS`, or of less than 1 % of the peaks, as one. A kind that is less
+    than 1 % of its peak has no column.
     """
     both = {"before": by_layer(graph.memory_before), "after": by_layer(graph.memory_after)}
-    shown = [(when, kind) for when, layers in both.items() for kind in KINDS if any(c[kind] for c in layers.values())]
+    kinds = {when: sum(layers.values(), Counter()) for when, layers in both.items()}
+    shown = [(when, kind) for when, c in kinds.items() for kind in KINDS if c[kind] > c.total() / 100]
     total = sum((Counter({name: c.total() for name, c in layers.items()}) for layers in both.values()), Counter())
     ordered = [name for name, _ in total.most_common()]
-    groups = {name: [name] for name in ordered[:LAYERS]}
-    if rest := ordered[LAYERS:]:
+    large = [name for name in ordered[:LAYERS] if total[name] > total.total() / 100]
+    groups = {name: [name] for name in large}
+    if rest := ordered[len(large) :]:
         groups[f"{len(rest)} other layer{'s' if len(rest) > 1 else ''}"] = rest
     rows = []
     for name, layers in groups.items():
@@ -107,7 +110,7 @@ def _at_peak(graph: GraphReport) -> Table:
     heads, rows = at_peak(graph)
     table = Table(box=simple_box(), padding=(0, 1, 0, 0))
     for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", overflow="fold")
+        table.add_column(head.replace(": ", ":\n"), justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table
@@ -161,9 +164,9 @@ def _panel(svg: Element, left: float, name: str, memory: Memory, top: int) -> No
     if memory.peak:
         at = live.index(memory.peak)
         largest = memory.at_peak()[0]
-        words = f"{clean(largest.module) or '(model)'} {clean(largest.name)}"
+        words = f"largest: {clean(largest.module) or '(model)'} {clean(largest.name)}"
         end = " end" if x(at) > left + PANEL / 2 else ""
-        _text(svg, x(at), y(memory.peak) - 5, cut(words, 40), f"dim{end}")
+        _text(svg, x(at), y(memory.peak) - 5, cut(words, 48), f"dim{end}")
 
 
 def _text(parent: Element, x: float, y: float, text: str, kind: str = "") -> None:

@@ -134,7 +134,8 @@ def _edge_rows(
     for choice in plan.choices:
         if choice.nbytes:
             held[root(choice.activation.node)].append(choice)
-    made = [m.node for m in lifetimes(split, config.inner == "inductor") if m.node not in encoded]
+    memories = [m.node for m in lifetimes(split, config.inner == "inductor") if m.node not in encoded]
+    made = [node for node in memories if node.op != "placeholder" or node in held]  # else it is given: a tangent
     unfused = {region.end: region.reason for region in fused if region.reason}
     rows = []
     for node, reason in lists(split, counted, made, unfused, "" if config.fuse else "fuse=False").items():

@@ -6,6 +6,7 @@ do.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,11 +20,12 @@ from ..graph import _torch
 from ..graph.axes import Axes, Link, Place
 from ..graph.find import maker, op_name
 from ..graph.split import Split, is_tensor, is_view
-from .takes import Index, reduction_of, take_of
+from .takes import Index, index_of, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+CASTS = (ops.narrow.default, ops.widen.default)
 DECODING = (ops.dequantize.default, ops.unpack_bits.default, ops.widen.default, ops.bytes_to_mask.default)
 
 
@@ -65,10 +67,10 @@ class Counted:
     """What the rows, or columns, of the tensors of both graphs are counted in: edges, or nodes that edges name."""
 
     def __init__(self, split: Split) -> None:
-        self.axes = Axes()
+        self.axes, self.origin = Axes(), split.origin()
         self.graphs = [split.forward.graph, split.backward.graph]
-        self.indices: dict[Index, None] = {}
-        self.into: list[Place] = []  # dimensions that are counted in nodes, by an index
+        self.indices: dict[Index, list[Any]] = {}  # -> the numbers of nodes that it names
+        self.into: list[Place] = []  # dimensions that are counted in nodes
         for graph in self.graphs:
             self.axes.read(graph)
             for node in graph.nodes:
@@ -94,12 +96,16 @@ class Counted:
         return {self.axes.of(node, d) for d in range(node.meta["val"].dim())} if is_tensor(node) else set()
 
     def _edges(self) -> set[Place]:
-        """The axes along which both ends of an edge lie: as the rows of a tensor of two, or as two tensors."""
-        ends: dict[Place, set[Index]] = {}
-        for index in self.indices:
-            ends.setdefault(self.axes.of(index.tensor, -1), set()).add(index)
-        pairs = {self.axes.of(i.tensor, -1) for i in self.indices if i.row >= 0 and i.tensor.meta["val"].shape[0] == 2}
-        return pairs | {axis for axis, known in ends.items() if len(known) > 1}
+        """The axes along which both ends of an edge lie: as the rows of a tensor of two, or as two tensors that name as
+        many nodes."""
+        found = {self.axes.of(i.tensor, -1) for i in self.indices if i.row >= 0 and i.tensor.meta["val"].shape[0] == 2}
+        for one, other in itertools.combinations(self.indices, 2):
+            axis = self.axes.of(one.tensor, -1)
+            if axis not in found and axis == self.axes.of(other.tensor, -1):
+                numbers = itertools.product(self.indices[one], self.indices[other])
+                if any(_torch.known_true(a == b) for a, b in numbers):
+                    found.add(axis)
+        return found
 
     def _parts(self) -> Iterator[Place]:
         """The axes of which an axis of edges is put together, or selected."""
@@ -133,13 +139,15 @@ class Counted:
             if weight is not None:
                 yield (by, -1), (weight, 0)
         elif node.target is ops.edges.default:
-            text, by, row, _, _, _, indices, rows, operands, grouped = args
-            self.indices |= {Index(*pair): None for pair in zip((by, *indices), (row, *rows), strict=True)}
+            text, by, row, nodes, _, _, indices, rows, operands, grouped = args
+            ends = [Index(*pair) for pair in zip((*indices, by), (*rows, row), strict=True)]  # the last one is -1, too
+            number = nodes.meta["val"] if isinstance(nodes, fx.Node) else nodes
+            self.indices.setdefault(self._in_forward(ends[-1]), []).append(number)
             for operand, tensor in zip(parse(text).operands, operands, strict=True):
                 if operand.where == "edge":
                     yield (by, -1), (tensor, 0)
                 elif operand.where == "take":
-                    self.into.append((tensor, 0))
+                    self._index(ends[operand.index], tensor)
             yield from (((by, -1), (index, -1)) for index in (*indices, *grouped[1:]))
         elif node.target is operator.getitem and _maker(node).target is ops.edges.default:
             text, by, *_ = _maker(node).args
@@ -151,8 +159,15 @@ class Counted:
             yield (_maker(node).args[0], -1), (node, 0)
 
     def _index(self, index: Index, into: fx.Node) -> None:
-        self.indices[index] = None
+        self.indices.setdefault(self._in_forward(index), []).append(into.meta["val"].shape[0])
         self.into.append((into, 0))
+
+    def _in_forward(self, index: Index) -> Index:
+        """The index of forward's that one of backward's has the value of."""
+        node = index.tensor
+        while node in self.origin or node.target in CASTS:
+            node = self.origin[node] if node in self.origin else node.args[0]  # type: ignore[assignment]
+        return (index_of(node) if index.row < 0 else None) or Index(node, index.row)
 
 
 def _is_list(node: fx.Node) -> bool:

@@ -80,6 +80,10 @@ def links(node: fx.Node) -> Iterator[Link]:
         case aten.select.int:
             dim = args[1] % args[0].meta["val"].dim()
             yield from (((node, i), (args[0], i + (i >= dim))) for i in range(node.meta["val"].dim()))
+        case aten.select_scatter.default:
+            yield from _in_place(node, args[0])
+            dim = args[2] % node.meta["val"].dim()
+            yield from (((node, i + (i >= dim)), (args[1], i)) for i in range(args[1].meta["val"].dim()))
         case aten.cat.default:
             dim = (args[1] if len(args) > 1 else 0) % node.meta["val"].dim()
             yield from (link for part in args[0] for link in _in_place(node, part, but=dim))

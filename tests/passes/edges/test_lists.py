@@ -82,12 +82,11 @@ def lengths(edge_index):
     return {edge_index.shape[1], others, others + NODES}
 
 
-LISTED = ["two SAGE", "SAGE max", "GCN", "GCN weighted", "two GAT", "GAT 2 heads", "GINE", "EdgeConv", "own gate"]
-LISTED += ["Transformer edges", "NNConv", "PNA", "segment", "scatter mul", "edge scores"]
+FUSED = ["two SAGE", "GCN", "GAT 2 heads", "EdgeConv", "Transformer edges", "NNConv", "scatter mul", "edge scores"]
+PLAIN = ["two SAGE", "SAGE max", "GCN", "GAT 2 heads"]
 
 
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.parametrize(("name", "fuse"), [(name, True) for name in FUSED] + [(name, False) for name in PLAIN])
 def test_what_is_listed_is_what_is_allocated(name, fuse, allocated):
     model, takes = build(name)
     inputs = graph(nodes=NODES, edges=EDGES, takes=takes)
@@ -102,12 +101,12 @@ def test_what_is_listed_is_what_is_allocated(name, fuse, allocated):
 
 def test_a_graph_with_as_many_edges_as_nodes_or_columns(allocated):
     """Sizes tell nothing here."""
-    model, takes = build("EdgeConv")
-    report = run(model, graph(nodes=WIDTH, edges=WIDTH, takes=takes))
-    made = {row.name for row in report.edges}
-    torch._dynamo.reset()
-    other = run(build("EdgeConv")[0], graph(nodes=NODES, edges=EDGES, takes=takes))
-    assert {row.name for row in other.edges} == made
+    made = []
+    for nodes, edges in ((NODES, EDGES), (EDGES, EDGES), (WIDTH, WIDTH)):
+        torch._dynamo.reset()
+        report = run(build("EdgeConv")[0], graph(nodes=nodes, edges=edges))
+        made.append({row.name for row in report.edges})
+    assert made[0] == made[1] > made[2] != set()  # of so few edges masks are not packed
 
 
 def reasons(report):
@@ -118,7 +117,7 @@ def test_reasons():
     torch._dynamo.reset()
     inputs = graph(nodes=NODES, edges=EDGES)
     fused = run(build("two SAGE")[0], inputs)
-    assert fused.edges == () and fused.fused > 0
+    assert reasons(fused) == {"one number for each edge"} and fused.fused > 0  # ones, to count neighbours
     plain = run(build("two SAGE")[0], inputs, fuse=False)
     assert "fuse=False" in reasons(plain) and plain.fused == 0
     assert "read by a matrix product (aten.addmm.default)" in reasons(run(build("EdgeConv")[0], inputs))
@@ -149,7 +148,8 @@ def test_nodes_are_no_edges():
 
 def test_what_is_held_of_edges_is_what_the_rows_say():
     torch._dynamo.reset()
-    made = run(build("EdgeConv")[0], graph(nodes=NODES, edges=EDGES), **{**FAST, "bits": 8, "nonlinear_bits": 8})
+    model, inputs = build("EdgeConv", torch.float32)[0], graph(nodes=NODES, edges=EDGES, dtype=torch.float32)
+    made = run(model, inputs, **{**FAST, "bits": 8, "nonlinear_bits": 8})
     held = {row.name: row.held for row in made.edges if row.held}
     assert held and held == {row.name: row.bytes_after for row in made.rows if row.name in held}
     assert any(row.codec.startswith("quantize") for row in made.edges)
