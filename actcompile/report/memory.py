@@ -87,8 +87,8 @@ def by_layer(memory: Memory) -> dict[str, Counter[str]]:
 def at_peak(graph: GraphReport) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of a table of what is alive at the peaks: layers, and for before and after the kinds in bytes.
 
-    The largest layers come first, and those after `LAYERS`, or of less than 1 % of the peaks, as one. A kind that is less
-    than 1 % of its peak has no column.
+    The largest layers come first, and those after `LAYERS`, or of less than 1 % of the peaks, as one. A kind that is
+    less than 1 % of its peak has no column.
     """
     both = {"before": by_layer(graph.memory_before), "after": by_layer(graph.memory_after)}
     kinds = {when: sum(layers.values(), Counter()) for when, layers in both.items()}

@@ -194,7 +194,9 @@ class _Why:
             return "the edges in the order of nodes, for fused message passing"
         if made_by.target is ops.edges.default and _is_list(node):
             return "where a comparison holds, for backward"
-        if node.meta["val"].dtype in (torch.int64, torch.int32):
+        if node.meta["val"].dtype in (torch.int64, torch.int32) or any(
+            is_tensor(op) and _torch.makes_sizes(op) for op in readers
+        ):
             return "a list of edges that the model makes itself"
         if any(op.target is ops.pack_bits.default for op in readers):
             return "a mask that is saved in bits"
