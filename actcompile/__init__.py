@@ -10,13 +10,13 @@ import torch
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise ImportError(f"actcompile needs torch 2.11 or newer, found {torch.__version__}: pip install 'torch>=2.11'")
 
-from ._calibrate import calibrate
-from ._check import check
-from ._check_report import CheckReport
 from ._estimate import Estimate, estimate
-from ._measure import measure
-from ._sparse_inputs import edges_of, traceable
+from .adjacency.inputs import edges_of, traceable
 from .api import backend, compress, explain
+from .checking.calibrate import calibrate
+from .checking.check import check
+from .checking.measure import measure
+from .checking.report import CheckReport
 from .config import Config, bits, cast, exact, iexact, keep, lossless, low_rank, prune, sample_rows, smallest
 from .report import Report
 

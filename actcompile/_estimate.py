@@ -74,14 +74,13 @@ def estimate(model: nn.Module, *inputs: Any, config: Config | None = None, **opt
     report = explain(model, *inputs, config=made)
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     alive = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers(), *tensors])
-    graphs = [(g, g.outlook) for g in report.graphs if g.outlook is not None]
 
     def peak(which: str) -> int:
-        saved = sum(getattr(g, f"bytes_{which}") for g, _ in graphs)
-        others = [getattr(o, f"peak_{which}") + saved - getattr(g, f"bytes_{which}") for g, o in graphs]
-        return max(others, default=0)
+        saved = sum(getattr(g, f"bytes_{which}") for g in report.graphs)
+        peaks = [getattr(g, f"memory_{which}").peak - getattr(g, f"bytes_{which}") for g in report.graphs]
+        return saved + max(peaks, default=0)
 
-    errors = [o.error for _, o in graphs if o.error is not None]
+    errors = [g.outlook.error for g in report.graphs if g.outlook is not None]
     error = sum(e * e for e in errors) ** 0.5 if errors else None
     return Estimate(alive, report.saved_bytes_before, report.saved_bytes_after, peak("before"), peak("after"), error)
 

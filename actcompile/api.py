@@ -10,14 +10,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from actcompile.passes.graph import _torch
 from actcompile.passes.plan.plan import matches
 
-from . import _trace
-from ._call import breaks, compiled_module, noted
-from ._capture import capture_sizes
-from ._last_run import LastRun
-from ._sparse_inputs import accept_sparse, with_stand_ins
+from .adjacency.inputs import accept_sparse, with_stand_ins
 from .backend import analyse, compile_graph
 from .config import Config
 from .report import GraphReport, Report
+from .report.last_run import LastRun
+from .tracing import trace as _trace
+from .tracing.call import breaks, compiled_module, noted
+from .tracing.capture import capture_sizes
 
 Module = TypeVar("Module", bound=nn.Module)
 

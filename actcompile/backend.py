@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from actcompile.passes.graph.split import Split, is_tensor
 from actcompile.passes.plan.costs import Noise, Speeds
 from actcompile.passes.plan.costs import speeds as speeds_of
 from actcompile.passes.plan.fit import Fit, Fitted, Wish
-from actcompile.passes.plan.memory import profile
 from actcompile.passes.plan.plan import Plan, Policy, plan
 from actcompile.passes.spare.apart import apart
 from actcompile.passes.spare.commute import commute
@@ -40,11 +39,13 @@ from actcompile.passes.write.late import late
 from actcompile.passes.write.rewrite import rewrite
 from actcompile.passes.write.verify import verify
 
-from . import _log, _report_cache
-from ._call import Situation, guard_on_mode, noted, situation
 from .config import Config, parse_budget
 from .datasets import cache_folder
-from .report import GraphReport, Outlook, Spared, record
+from .report import cache as _report_cache
+from .report import log as _log
+from .report.data import GraphReport
+from .report.record import Spared, memory, outlook, record
+from .tracing.call import Situation, guard_on_mode, noted, situation
 
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
 
@@ -73,16 +74,13 @@ def partition(
     fused = fuse(joint, num_fwd_outputs, config, options)
     split = cut(joint, inputs, num_fwd_outputs, situation, **options)
     outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
-    saved_by_torch = saved_fused = find(split)
-    fuses = config.inner == "inductor"
-    before = split
+    by_torch, saved_fused = split, find(split)
     if any(not region.reason for region in fused):
-        before = cut(plain, inputs, num_fwd_outputs, situation, **options)
-        saved_by_torch = find(before)
-    peak_before = profile(before, fuses).peak
+        by_torch = cut(plain, inputs, num_fwd_outputs, situation, **options)
+    saved_by_torch, memory_by_torch = find(by_torch), memory(by_torch, config)
     policy = config.policy(situation.training)
     chosen, spared = decide(split, policy, config)
-    fitted = fit(split, chosen, policy, config, peak_before)
+    fitted = fit(split, chosen, policy, config, memory_by_torch.peak)
     if fitted is not None:
         chosen = fitted.plan
     if only is not None:
@@ -94,8 +92,11 @@ def partition(
     split.finish()
     verify(split, chosen, outputs, gradients)
 
-    outlook = Outlook.of(peak_before, profile(split, fuses).peak, fitted)
-    report = record(split, chosen, saved_by_torch, saved_fused, spared, reached, config.inner, situation, outlook)
+    report = record(
+        split, chosen, saved_by_torch, saved_fused, fused, spared, reached, memory_by_torch, config, situation
+    )
+    if fitted is not None:
+        report = replace(report, outlook=outlook(fitted))
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward

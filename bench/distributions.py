@@ -19,7 +19,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
-from actcompile._calibrate import project, some_blocks
+from actcompile.checking.calibrate import project, some_blocks
 from actcompile.kernels import BlockFormat
 from actcompile.kernels.blocks.histogram import Histogram, optimal_levels
 from actcompile.kernels.blocks.levels import ClippedNormal, normal_levels

@@ -10,8 +10,8 @@ from torch_geometric.nn import SAGEConv
 
 import actcompile
 from actcompile import compress, explain
-from actcompile._call import Situation
 from actcompile.backend import Partitioner
+from actcompile.tracing.call import Situation
 from tests.helpers import EXACT, FAST, SAVED, assert_close, assert_equal, graph, step, uncompressed
 
 INPUTS = graph(nodes=256, edges=1024)

@@ -16,8 +16,8 @@ import pytest
 
 import actcompile
 from actcompile import Config, bits, keep
-from actcompile._call import Situation
 from actcompile.backend import Partitioner
+from actcompile.tracing.call import Situation
 
 SCRIPT = """
 import json, sys

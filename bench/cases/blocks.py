@@ -15,7 +15,7 @@ from typing import Any
 from torch.nn import functional as F
 
 from actcompile import Config
-from actcompile._measure import Noises, noises
+from actcompile.checking.measure import Noises, noises
 from actcompile.datasets import DataUnavailable
 from actcompile.passes.codecs.codecs import Quantize
 from bench import plots

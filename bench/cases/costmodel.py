@@ -73,7 +73,7 @@ def _error(workload: Brought, bits: int, draws: int) -> dict[str, float] | None:
 
     config = actcompile.measure(model, *batch.inputs, loss=loss, **options)
     outlooks = [g.outlook for g in actcompile.explain(model, *batch.inputs, config=config).graphs]
-    errors = [o.error for o in outlooks if o is not None and o.error is not None]
+    errors = [o.error for o in outlooks if o is not None]
     exact = torch.cat([g.flatten().double() for g in training.gradients(0)])
     compressed = workload.training(lambda m: actcompile.compress(m, config))
     squares = 0.0

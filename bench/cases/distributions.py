@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actcompile import datasets
-from actcompile._observe import observed
+from actcompile.checking.observe import observed
 from actcompile.passes.plan.plan import Choice
 from bench import _torch, distribution_plots, models
 from bench.distributions import MODELS, VIEWS, Fit, Sample, describe, fit, sample

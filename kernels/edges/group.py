@@ -92,10 +92,11 @@ def grouping(edges: Tensor, row: int, nodes: int) -> Grouping:
         return known[row, nodes]
 
 
-def remembered_nbytes() -> int:
-    """The bytes of all groupings that are remembered now."""
+def remembered_nbytes(edges: Tensor | None = None) -> int:
+    """The bytes of the groupings that are remembered now: of a tensor of edges, or all."""
     with _lock:
-        return sum(g.nbytes for _, _, known in list(_remembered.values()) for g in known.values())
+        found = [known for ref, _, known in list(_remembered.values()) if edges is None or ref() is edges]
+        return sum(g.nbytes for known in found for g in known.values())
 
 
 def _forget(key: int, ref: weakref.ref[Tensor]) -> None:

@@ -24,11 +24,12 @@ from actcompile.kernels.edges.ops import aggregation, prepare
 
 from ..graph import _torch
 from ..graph.bodies import BODY
-from ..graph.split import call, inherit_origin, is_tensor, writes
+from ..graph.split import Split, call, inherit_origin, is_tensor, writes
 from .regions import FLOATS, Region, Unfit, is_computable, region
 from .takes import Index, Reduction, Take, original, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
+BY = {ops.edges.default: 1, ops.aggregate.default: 4}  # the position of the index that edges are grouped by
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,14 @@ def edges(joint: fx.Graph, num_fwd_outputs: int, parameters: Collection[str]) ->
         parameters: names of the inputs that live from step to step.
     """
     return _Fusing(joint, num_fwd_outputs, parameters).run()
+
+
+def inputs_grouped(split: Split) -> list[fx.Node]:
+    """The inputs of forward whose edges are grouped by node at the first step, which is remembered for the next."""
+    origin = split.origin()
+    calls = (n for n in (*split.forward.graph.nodes, *split.backward.graph.nodes) if n.target in BY and not n.args[-1])
+    edges = [call.args[BY[call.target]] for call in calls]
+    return [n for n in dict.fromkeys(origin.get(by, by) for by in edges) if n.op == "placeholder"]
 
 
 class _Fusing:

@@ -111,7 +111,7 @@ def find(split: Split) -> list[SavedActivation]:
                 placeholder=placeholder,
                 module=module_path(node),
                 source=source_line(node),
-                op=str(node.target) if node.op != "placeholder" else "input" if is_input(node) else "an earlier graph",
+                op=maker(node),
                 uses=tuple(dict.fromkeys(op_name(u) for u in placeholder.users)),
                 nbytes=shares[node],
                 refusal=refusal,
@@ -249,6 +249,11 @@ def _indexed_by_edges(user: fx.Node, index: fx.Node) -> object:
 
 def _size(size: Any) -> Any:
     return size.meta["val"] if isinstance(size, fx.Node) else size
+
+
+def maker(node: fx.Node) -> str:
+    """What makes a value: an op, or who gives it to the graph."""
+    return str(node.target) if node.op != "placeholder" else "input" if is_input(node) else "an earlier graph"
 
 
 def op_name(node: fx.Node) -> str:

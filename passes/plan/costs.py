@@ -63,6 +63,10 @@ class Noise:
             return known
         return share * (relative_variance(codec.format) if isinstance(codec, Quantize) else 2.0**-18)
 
+    def knows(self, key: str, codec: Codec) -> bool:
+        """Whether it was measured."""
+        return codec_name(codec) in self.measured.get(key, {})
+
 
 @dataclass(frozen=True)
 class Speeds:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from actcompile.kernels.blocks.format import BITS
 
-from ..codecs.codecs import Keep, Quantize
+from ..codecs.codecs import EXACT, Keep, Quantize
 from ..codecs.standardise import standard
 from ..graph.find import memory_order
 from ..graph.split import Split, root
@@ -72,6 +72,7 @@ class Fitted:
     greedy: Point | None
     gap: float
     front: tuple[Point, ...]
+    measured: bool
 
 
 class Impossible(ValueError):
@@ -146,9 +147,17 @@ class Fit:
             return Way((between,) if between[1] <= between[2] else (), noise, seconds)
         return Way(((choice.nbytes, life.first, life.backward_first),), noise, seconds)
 
+    @property
+    def measured(self) -> bool:
+        """Whether the noise of every way to round was measured."""
+        rounding = [c for choices in self.choices for c in choices if not isinstance(c.codec, EXACT)]
+        return all(self.noise.knows(c.activation.key, c.codec) for c in rounding)
+
     def of_rules(self) -> Fitted:
         """The rules' own plan."""
-        return Fitted(self.rules, _point(self.program.evaluate([0] * len(self.choices))), None, 0.0, self.front())
+        return Fitted(
+            self.rules, _point(self.program.evaluate([0] * len(self.choices))), None, 0.0, self.front(), self.measured
+        )
 
     def solve(self, wish: Wish) -> Fitted:
         """The best plan.
@@ -161,7 +170,7 @@ class Fit:
             raise Impossible(self._why(wish))
         quick = self.program.greedy(wish.objective, wish.demands)
         near = None if quick is None else _point(quick)
-        return Fitted(self._plan(found), _point(found), near, found.gap, self.front())
+        return Fitted(self._plan(found), _point(found), near, found.gap, self.front(), self.measured)
 
     def front(self) -> tuple[Point, ...]:
         """Plans of least noise within falling peaks, from that which rounds nothing to the smallest there is."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from ..graph import _torch
 from ..graph.find import module_path, own_nbytes
 from ..graph.split import Split, is_input, is_tensor, is_view, root, writes
 
@@ -32,6 +33,7 @@ SUMS = (
     *(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default, aten.amin.default),
     *(aten.var_mean.correction, aten.var.correction, aten.any.default, aten.any.dim, aten.prod.default),
     *(aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten._softmax.default),
+    aten.index_put.default,
 )
 
 
@@ -143,6 +145,7 @@ def is_loop(node: fx.Node) -> bool:
     return (
         isinstance(target, torch._ops.OpOverload)
         and not is_view(node)
+        and not _torch.makes_sizes(node)  # a selection by a mask is a call
         and (torch.Tag.pointwise in target.tags or target.namespace == "prims" or target in (*LOOPS, *MOVES))
     )
 

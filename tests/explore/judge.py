@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import actcompile
-from actcompile._check import examine
-from actcompile._draws import Task
 from actcompile.backend import compile_plain
+from actcompile.checking.check import examine
+from actcompile.checking.draws import Task
 from actcompile.kernels.blocks.random_bits import rounding_seeded
 from bench.measure import saved_bytes
 from tests.explore.draw import Case, Model, batch, loss

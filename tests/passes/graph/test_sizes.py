@@ -7,9 +7,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from actcompile._capture import capture_sizes
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.sizes import sizes
+from actcompile.tracing.capture import capture_sizes
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,171 @@
+"""Sizes that depend on data stay in the graphs of our backends, and nobody else sees the setting that does it."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from actcompile import api, compress, explain
+from actcompile.tracing.capture import SETTING, capture_sizes
+from tests.helpers import EXACT, FAST, assert_close, gnn, graph, step
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    assert not getattr(dynamo_config, SETTING)
+    torch._dynamo.reset()
+
+
+class Selected(nn.Module):
+    """Twice the rows with a positive first element, as two breaks of torch's own tracing have it."""
+
+    def forward(self, x):
+        x = x[x[:, 0] > 0] * 2
+        return x[x[:, 1] > 0].sin()
+
+
+class Branching(Selected):
+    """Python asks for the number of rows in a loop, which Dynamo cannot leave halfway."""
+
+    def forward(self, x):
+        x = x[x[:, 0] > 0] * 2
+        for _ in range(2):
+            if x.shape[0] > 3:
+                x = x.sin()
+        return x
+
+
+def counted(model, **options):
+    """How often, and to how many graphs, `model` compiles for a backend that is not ours."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, **options)
+    return counter, compiled
+
+
+def test_a_backend_by_name_gets_one_graph():
+    x, edges = graph()
+    model = gnn("gcn")
+    torch.compile(model, backend="actcompile", options=FAST)(x, edges).sum().backward()
+    assert len(explain(model).graphs) == 1
+
+
+def test_explain_traces_as_a_run_does():
+    report = explain(gnn("gcn"), *graph(), options=FAST)
+    assert len(report.graphs) == 1
+    assert not any("graph break" in note for note in report.notes)
+
+
+def test_other_models_do_not_see_the_setting():
+    x = torch.randn(20, 4, requires_grad=True)
+    counter, before = counted(Selected())
+    before(x)
+    breaks = counter.frame_count
+    assert breaks > 1
+    ours = compress(Selected(), **EXACT)
+    for _ in range(2):
+        ours(x).sum().backward()
+        before(x)
+        assert counter.frame_count == breaks  # nothing guards on the setting
+    torch._dynamo.reset()
+    ours(x).sum().backward()
+    counter, after = counted(Selected())
+    after(x)
+    assert counter.frame_count == breaks
+
+
+def test_a_model_between_our_graphs_does_not_see_the_setting():
+    counter, inner = counted(Selected())
+    inner(torch.randn(20, 4))
+    breaks = counter.frame_count
+    torch._dynamo.reset()
+    counter, inner = counted(Selected())
+
+    class Outer(nn.Module):
+        def forward(self, x):
+            x = x[x[:, 0] > 0] * 2
+            torch._dynamo.graph_break()
+            return call(x).sin()
+
+    call = torch._dynamo.disable(lambda x: inner(x))
+    compress(Outer(), **EXACT)(torch.randn(20, 4, requires_grad=True)).sum().backward()
+    assert counter.frame_count == breaks
+
+
+def test_another_thread_does_not_see_the_setting(monkeypatch):
+    """It traces its model before or after, not while the setting is there, which newer versions keep per thread."""
+    x = torch.randn(20, 4, requires_grad=True)
+    counter, plain = counted(Selected())
+    plain(x)
+    breaks = counter.frame_count
+    assert breaks > 1
+    torch._dynamo.reset()
+    counter, plain = counted(Selected())
+    other, compile_graph = threading.Thread(target=lambda: plain(x)), api.compile_graph
+
+    def watched(*arguments):
+        assert getattr(dynamo_config, SETTING)
+        other.start()
+        other.join(timeout=1)
+        return compile_graph(*arguments)
+
+    monkeypatch.setattr(api, "compile_graph", watched)
+    compress(Selected(), **EXACT)(x)
+    other.join()
+    assert counter.frame_count == breaks
+
+
+def test_a_size_that_python_asks_for_ends_the_graph_as_it_did():
+    x = torch.randn(20, 4, requires_grad=True)
+    counter, compiled = counted(Branching())
+    compiled(x)
+    model = compress(Branching(), **EXACT)
+    assert_close(step(model, (x,), [x]), step(Branching(), (x,), [x]), within=1e-6)
+    assert 1 <= len(explain(model).graphs) <= counter.frame_count
+
+
+def test_what_a_compiler_cannot_do_with_such_sizes_is_done_without(monkeypatch):
+    compile_graph, tried = api.compile_graph, []
+
+    def fails(gm, *arguments):
+        tried.append(any(free_unbacked_symbols(n.meta["example_value"]) for n in gm.graph.nodes if n.op != "output"))
+        if tried[-1]:
+            raise KeyError("u0")
+        return compile_graph(gm, *arguments)
+
+    monkeypatch.setattr(api, "compile_graph", fails)
+    x = torch.randn(20, 4, requires_grad=True)
+    model = compress(Selected(), **EXACT)
+    assert_close(step(model, (x,), [x]), step(Selected(), (x,), [x]), within=1e-6)
+    counter, compiled = counted(Selected())
+    compiled(x)
+    assert tried[0] and tried.count(False) == counter.frame_count
+
+
+def test_other_errors_are_raised_at_once():
+    calls = []
+
+    @capture_sizes
+    def broken(gm, inputs):
+        calls.append(gm)
+        raise ZeroDivisionError("no such codec")
+
+    with pytest.raises(BackendCompilerFailed, match="no such codec"):
+        torch.compile(nn.Linear(4, 4), backend=broken)(torch.randn(2, 4))
+    assert len(calls) == 1
+
+
+def test_the_user_s_own_setting_stays():
+    with dynamo_config.patch({SETTING: True}):
+        counter, compiled = counted(Selected())
+        compress(Selected(), **EXACT)(torch.randn(20, 4, requires_grad=True))
+        assert getattr(dynamo_config, SETTING)
+        compiled(torch.randn(20, 4))
+        assert counter.frame_count == 1
