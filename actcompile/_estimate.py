@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from actcompile.passes.graph._torch import pytree
@@ -17,6 +20,8 @@ from actcompile.passes.graph._torch import pytree
 from .api import explain
 from .config import Config
 
+STEP = math.log(4)  # of the search for a bracket
+LEAST = 1e-6
 PLAIN, OURS = "torch.compile", "actcompile"
 
 
@@ -86,27 +91,35 @@ def estimate(model: nn.Module, *inputs: Any, config: Config | None = None, **opt
 
 
 def largest(need: Callable[[float], int], memory: int, start: float = 1.0, whole: bool = False) -> float:
-    """The largest argument at which `need`, which grows with it, is at most `memory`; 0 where there is none.
+    """The largest argument at which `need`, which grows with it, is at most `memory`, to half a per cent; 0 for none.
 
     Args:
-        need: bytes, nearly affine in its argument or a power of it.
-        whole: only whole numbers.
+        need: bytes, of a positive argument.
+        start: where the search begins.
+        whole: only whole numbers, of at least 1, and the very largest.
     """
-    low, high, at = 0.0, float("inf"), start
-    for _ in range(12):
-        at = max(1.0, float(int(at))) if whole else at
-        taken = need(at)
-        if taken <= memory:
-            low = max(low, at)
-        else:
-            high = min(high, at)
-        guess = at * min(max(memory / max(taken, 1), 0.1), 10.0)
-        if not low < guess < high:
-            guess = (low + high) / 2 if high < float("inf") else low * 2
-        if (whole and high - low <= 1) or (not whole and low and min(high, guess) / low < 1.01) or guess < 1e-9:
-            break
-        at = guess
-    return low
+
+    @functools.cache
+    def excess(argument: float) -> float:
+        return math.log(need(argument) / memory)
+
+    def taken(exponent: float) -> float:
+        return excess(max(1, round(math.exp(exponent))) if whole else math.exp(exponent))
+
+    low = high = math.log(start)
+    while taken(high) <= 0:
+        high += STEP
+    while taken(low) > 0:
+        if low < math.log(1.0 if whole else LEAST):
+            return 0.0
+        low -= STEP
+    found: float = brentq(taken, low, high, xtol=1e-9 if whole else 0.005)
+    if not whole:
+        return math.exp(found if taken(found) <= 0 else found - 0.005)
+    number = round(math.exp(found)) + 1
+    while excess(number) > 0:
+        number -= 1
+    return float(number)
 
 
 def size(nbytes: int) -> str:

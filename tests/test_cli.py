@@ -132,6 +132,16 @@ def test_explain_a_model_of_pyg_at_a_size_that_no_machine_holds(capsys: pytest.C
     assert "times less" in capsys.readouterr().out
 
 
+def test_estimate_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--shape", "100000x1000000x128x40", "--hidden", "64", "--inner", "aot_eager"]
+    assert main(["estimate", "--model", "sage", "--layers", "2", *shape, "--memory", "1GB"]) == 0
+    out = capsys.readouterr().out
+    assert "peak of a step" in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[-2:]}
+    plain, ours = ([int(n.replace(",", "")) for n in rows[who]] for who in ("torch.compile", "actcompile"))
+    assert all(p < o for p, o in zip(plain, ours, strict=True))  # nodes, layers, width
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -162,6 +172,7 @@ def test_explain_says_what_is_wrong(
         (["--rule", "first=3"], "is not like"),
         (["--shape", "1x2x3"], "is not four sizes"),
         (["--bits", "3"], "invalid choice"),
+        (["--budget", "2 parsecs"], "budget must be None"),
     ],
 )
 def test_options_that_cannot_be_read(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from .data import EdgeRow, GraphReport, ReportData, Row
 from .memory import STYLE as MEMORY_STYLE
 from .memory import at_peak, draw_memory, is_drawn, peaks
 from .svg import STYLE, draw
-from .table import NO_GRAPH, NO_ROW, about_edges, heading, summed, summed_edges, totals
+from .table import NO_GRAPH, NO_ROW, about_edges, about_plan, heading, summed, summed_edges, totals
 from .text import because, biased, clean, human, made_in, shape_of
 
 PAGE_STYLE = """
@@ -105,7 +105,8 @@ def _section(report: ReportData, number: int) -> str:
     )
     return f"""<h2>{_safe(heading(report, number))}</h2>
 <div class="wide">{_table(graph)}</div>
-{_edges(graph)}{_memory(graph)}<details open="open"><summary>drawing (point at a box to see its nodes)</summary>
+{_edges(graph)}{_memory(graph)}{_plan(graph)}
+<details open="open"><summary>drawing (point at a box to see its nodes)</summary>
 <div class="wide">{drawing}</div></details>
 {code}"""
 
@@ -135,6 +136,10 @@ def _memory(graph: GraphReport) -> str:
     table = _of_columns(tuple(heads), cells)
     drawing = tostring(draw_memory(graph), encoding="unicode")
     return f'<p>{_safe(peaks(graph))}</p><div class="wide">{drawing}</div><div class="wide">{table}</div>\n'
+
+
+def _plan(graph: GraphReport) -> str:
+    return "".join(f"<p>{_safe(line)}</p>" for line in about_plan(graph))
 
 
 def _of_columns(columns: tuple[str, ...], rows: Iterable[str]) -> str:
