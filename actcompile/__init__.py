@@ -10,10 +10,12 @@ import torch
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise ImportError(f"actcompile needs torch 2.11 or newer, found {torch.__version__}: pip install 'torch>=2.11'")
 
+from ._estimate import Estimate, estimate
 from .adjacency.inputs import edges_of, traceable
 from .api import backend, compress, explain
 from .checking.calibrate import calibrate
 from .checking.check import check
+from .checking.measure import measure
 from .checking.report import CheckReport
 from .config import Config, bits, cast, exact, iexact, keep, lossless, low_rank, prune, sample_rows, smallest
 from .report import Report
@@ -21,6 +23,7 @@ from .report import Report
 __all__ = [
     "CheckReport",
     "Config",
+    "Estimate",
     "Report",
     "backend",
     "bits",
@@ -29,12 +32,14 @@ __all__ = [
     "edges_of",
     "check",
     "compress",
+    "estimate",
     "exact",
     "explain",
     "iexact",
     "keep",
     "lossless",
     "low_rank",
+    "measure",
     "prune",
     "sample_rows",
     "smallest",

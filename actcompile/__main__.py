@@ -1,4 +1,4 @@
-"""The command line: `python -m actcompile demo | explain | check | env`."""
+"""The command line: `python -m actcompile demo | explain | estimate | check | env`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 import actcompile
 from actcompile import datasets
-from actcompile.config import METADATA, PRESETS, Config, Rule, bits, keep, lossless
+from actcompile._estimate import meta_inputs
+from actcompile.config import METADATA, PRESETS, Config, Rule, bits, keep, lossless, parse_budget
 from actcompile.kernels.blocks.format import BITS, LEVELS
 
 MODELS = {"sage": "GraphSAGE", "gcn": "GCN", "gin": "GIN", "gat": "GAT"}  # of torch_geometric.nn
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"actcompile {actcompile.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | explain | check | env")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | explain | estimate | check | env")
 
     command = commands.add_parser("demo", help="train a GraphSAGE, plain and compressed in turn, and compare")
     command.set_defaults(run=_demo)
@@ -89,6 +91,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--html", type=Path, metavar="FILE", help="write tables, a drawing of the graphs, their code")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the report as data")
     command.add_argument("--code", action="store_true", help="print both rewritten graphs, too")
+    _add_data(command)
+    _add_config(command)
+
+    command = commands.add_parser(
+        "estimate",
+        help="tell what a step of a model would take on a graph of any size, and what fits into a given memory",
+        epilog="example: estimate --model sage --shape 111059956x1615685872x128x172 --memory 80GB",
+    )
+    command.set_defaults(run=_estimate)
+    command.add_argument("--model", choices=list(MODELS), default="sage", help="a model of PyG's (default: sage)")
+    command.add_argument("--hidden", type=_positive, default=256, help="its width")
+    command.add_argument("--layers", type=_positive, default=3, help="its depth")
+    command.add_argument(
+        "--memory", type=_memory, metavar="BYTES", help="such as 80GB: how many nodes, how deep, how wide fits into it"
+    )
     _add_data(command)
     _add_config(command)
 
@@ -139,11 +156,19 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=RULE",
         help="for the modules that match: keep, lossless, 1, 2, 4 or 8; repeat for more, the first match wins",
     )
+    group.add_argument(
+        "--budget", type=_budget, metavar="BYTES|SHARE", help="the step's peak: 2GiB, or 0.25 of plain's"
+    )
+    group.add_argument("--max-gradient-error", type=float, metavar="SHARE", help="of rounding, such as 0.05")
+    group.add_argument("--max-slowdown", type=float, metavar="TIMES", help="of a step, such as 1.05")
     group.add_argument("--inner", choices=["inductor", "aot_eager"])
 
 
 def _config(given: argparse.Namespace) -> Config:
-    names = ("bits", "nonlinear_bits", "block", "levels", "metadata", "min_bytes", "replay", "rules", "inner")
+    names = [
+        *("bits", "nonlinear_bits", "block", "levels", "metadata", "min_bytes", "replay", "rules", "inner"),
+        *("budget", "max_gradient_error", "max_slowdown"),
+    ]
     fields: dict[str, Any] = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     for name in ("bits", "nonlinear_bits"):
         if name in fields and fields[name] != "auto":
@@ -188,6 +213,35 @@ def _explain(given: argparse.Namespace) -> None:
             print(f"written to {path}")
 
 
+def _estimate(given: argparse.Namespace) -> None:
+    from actcompile._estimate import OURS, PLAIN, largest
+
+    config, console = _config(given), Console()
+
+    def of(scale: float = 1.0, layers: int = given.layers, hidden: int = given.hidden) -> actcompile.Estimate:
+        model, inputs = _named_model(given, scale, layers, hidden)
+        return actcompile.estimate(model, *inputs, config=config)
+
+    console.print(of())
+    if given.memory is None:
+        return
+    nodes, *_ = _shape_of(given)
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for title in (f"fits into {given.memory:,} bytes", "nodes", f"layers of {given.hidden}", "width"):
+        table.add_column(title, justify="left" if title.startswith("fits") else "right")
+    for who in (PLAIN, OURS):
+
+        def total(who: str = who, **changed: Any) -> int:
+            return of(**changed).total(who)
+
+        with console.status(f"{who}: what fits"):
+            scale = largest(lambda s, total=total: total(scale=s), given.memory)  # type: ignore[misc]
+            depth = largest(lambda n, total=total: total(layers=int(n)), given.memory, given.layers, True)  # type: ignore[misc]
+            width = largest(lambda n, total=total: total(hidden=int(n)), given.memory, given.hidden, True)  # type: ignore[misc]
+        table.add_row(who, f"{int(nodes * scale):,}", f"{depth:,.0f}", f"{width:,.0f}")
+    console.print(table)
+
+
 def _check(given: argparse.Namespace) -> int:
     config = _config(given)
     model, inputs, loss = _load(given.target)
@@ -208,20 +262,26 @@ def _env(given: argparse.Namespace) -> None:
     Console().print(renderable())
 
 
-def _named_model(given: argparse.Namespace) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+def _shape_of(given: argparse.Namespace) -> tuple[int, int, int, int]:
     if given.shape:
-        nodes, edges, features, classes = given.shape
-    else:
-        task = datasets.load(given.dataset)
-        nodes, edges, features, classes = task.nodes, task.edges, task.features, task.classes
+        return given.shape  # type: ignore[no-any-return]
+    task = datasets.load(given.dataset)
+    return task.nodes, task.edges, task.features, task.classes
+
+
+def _named_model(
+    given: argparse.Namespace, scale: float = 1.0, layers: int | None = None, hidden: int | None = None
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """The model of PyG's that was asked for, and inputs without data; `scale`: of nodes and edges."""
+    nodes, edges, features, classes = _shape_of(given)
     try:
         from torch_geometric import nn as pyg
     except ImportError as error:
         raise UsageError("--model needs torch_geometric: pip install 'actcompile[demo]'") from error
     make = getattr(pyg, MODELS[given.model])
-    model = make(features, given.hidden, given.layers, classes, dropout=0.5, norm="batch_norm")
-    x = torch.empty(nodes, features, device="meta")
-    return model, (x, torch.empty(2, edges, dtype=torch.int64, device="meta"))
+    with torch.device("meta"):
+        model = make(features, hidden or given.hidden, layers or given.layers, classes, dropout=0.5, norm="batch_norm")
+    return model, meta_inputs(max(1, int(nodes * scale)), max(1, int(edges * scale)), features)
 
 
 def _load(target: str) -> tuple[Any, tuple[Any, ...], Any]:
@@ -255,6 +315,25 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def _budget(text: str) -> str | float:
+    value = float(text) if re.fullmatch(r"0?\.\d+|1\.0*", text) else text
+    try:
+        parse_budget(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def _memory(text: str) -> int:
+    try:
+        nbytes, _ = parse_budget(text)
+    except ValueError:
+        nbytes = None
+    if not nbytes:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 80GB or 24GiB")
+    return nbytes
 
 
 def _shape(text: str) -> tuple[int, int, int, int]:

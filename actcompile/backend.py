@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ from actcompile.passes.graph.bias import Dependence, bias
 from actcompile.passes.graph.find import SavedActivation, find, module_path
 from actcompile.passes.graph.reach import reach
 from actcompile.passes.graph.sizes import sizes
-from actcompile.passes.graph.split import Split
+from actcompile.passes.graph.split import Split, is_tensor
+from actcompile.passes.plan.costs import Noise, Speeds
+from actcompile.passes.plan.costs import speeds as speeds_of
+from actcompile.passes.plan.fit import Fit, Fitted, Wish
 from actcompile.passes.plan.plan import Plan, Policy, plan
 from actcompile.passes.spare.apart import apart
 from actcompile.passes.spare.commute import commute
@@ -36,11 +39,12 @@ from actcompile.passes.write.late import late
 from actcompile.passes.write.rewrite import rewrite
 from actcompile.passes.write.verify import verify
 
-from .config import Config
+from .config import Config, parse_budget
+from .datasets import cache_folder
 from .report import cache as _report_cache
 from .report import log as _log
 from .report.data import GraphReport
-from .report.record import Spared, memory, record
+from .report.record import Spared, memory, outlook, record
 from .tracing.call import Situation, guard_on_mode, noted, situation
 
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
@@ -74,7 +78,11 @@ def partition(
     if any(not region.reason for region in fused):
         by_torch = cut(plain, inputs, num_fwd_outputs, situation, **options)
     saved_by_torch, memory_by_torch = find(by_torch), memory(by_torch, config)
-    chosen, spared = decide(split, config.policy(situation.training), config)
+    policy = config.policy(situation.training)
+    chosen, spared = decide(split, policy, config)
+    fitted = fit(split, chosen, policy, config, memory_by_torch.peak)
+    if fitted is not None:
+        chosen = fitted.plan
     if only is not None:
         chosen = chosen.rounding_only(only)
     reached = reach(split)
@@ -87,6 +95,8 @@ def partition(
     report = record(
         split, chosen, saved_by_torch, saved_fused, fused, spared, reached, memory_by_torch, config, situation
     )
+    if fitted is not None:
+        report = replace(report, outlook=outlook(fitted))
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return split.forward, split.backward
@@ -157,6 +167,40 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
     spared = [s for s in spared if s.activation.node not in saved_apart]
     offer(split, [a for a in wanted() if kind(a.node).standardise])
     return plan(find(split), dependences(), policy), spared
+
+
+def fit(split: Split, rules: Plan, policy: Policy, config: Config, plain_peak: int) -> Fitted | None:
+    """The plan that meets the config's bounds best; the rules' own, where it has none but knows what noise costs.
+
+    None where it knows neither, or where nothing is rounded.
+
+    Args:
+        rules: the rule table's plan for `split`.
+        plain_peak: bytes of a step's peak without us, for a budget relative to it.
+
+    Raises:
+        Impossible: nothing meets the bounds.
+    """
+    peak, share = parse_budget(config.budget)
+    if share is not None:
+        peak = int(share * plain_peak)
+    bounds = {"peak": peak, "error": config.max_gradient_error, "seconds": None}
+    speeds = Speeds()
+    if config.max_slowdown is not None:
+        speeds = speeds_of(_device(split), cache_folder())
+        bounds["seconds"] = (config.max_slowdown - 1) * speeds.step(split)
+    wish = Wish(**{name: bound for name, bound in bounds.items() if bound is not None})
+    if policy.exact is not None or not (wish or config.measured):
+        return None
+    late(split)
+    noise = Noise({key: dict(formats) for key, formats in config.measured})
+    program = Fit(split, rules, policy, config.inner == "inductor", noise, speeds)
+    return program.solve(wish) if wish else program.of_rules()
+
+
+def _device(split: Split) -> str:
+    devices = {n.meta["val"].device.type for n in split.forward.graph.nodes if is_tensor(n)}
+    return "cuda" if "cuda" in devices else "cpu"
 
 
 def _number_of_outputs(graph_module: fx.GraphModule) -> int:

@@ -1,6 +1,7 @@
 """What a user can set: `Config`, and the rules for single modules."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -107,6 +108,13 @@ class Config:
             model computes outside its submodules.
         when: floats are rounded where the compiled module is in "training" mode, as `model.training` has it, and stay
             exact in eval mode, for forces or saliency maps; "always" rounds them in eval mode, too, to train there.
+        budget: the peak of a training step, over what is alive before it, in bytes or as "2GiB" or "500MB"; or, from 0
+            to 1, as a share of the peak that `torch.compile` alone would have. Of all ways to keep the floats that are
+            rounded, those of least noise are taken that fit; for each graph, where a model has several.
+        max_gradient_error: relative error at most that rounding adds to the gradients of a step; with a budget, the
+            fastest plan is taken, else the smallest. `measure` tells noise from a run; else it is roughly guessed.
+        max_slowdown: at most so many times the seconds of a step that encodes nothing, such as 1.05.
+        measured: noise by activation and format, as `measure` returns it.
         fuse: message passing runs as ops that hold no tensor of [edges, features]; on the CPU.
         inner: the compiler of the rewritten graphs: "inductor", or "aot_eager", which runs them as they are.
 
@@ -132,6 +140,10 @@ class Config:
     standardise: bool = True
     fuse: bool = True
     fitted: tuple[tuple[str, str], ...] = ()
+    budget: str | int | float | None = None
+    max_gradient_error: float | None = None
+    max_slowdown: float | None = None
+    measured: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("bits", self.bits, (*BITS, None))
@@ -153,6 +165,13 @@ class Config:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be None or an integer of at least {least}, got {value!r}")
+        parse_budget(self.budget)
+        for name, least in (("max_gradient_error", 0), ("max_slowdown", 1)):
+            value = getattr(self, name)
+            if value is not None and (
+                not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= least
+            ):
+                raise ValueError(f"{name} must be None or a number of at least {least}, got {value!r}")
         if self.method is not None and (not isinstance(self.method, Rule) or self.method.name not in METHODS):
             raise TypeError(
                 f"method must be None, prune(n), low_rank(n), sample_rows(n) or cast(dtype), got {self.method!r}"
@@ -276,6 +295,30 @@ PRESETS: dict[str, Callable[[], Config]] = {
     **{f"iexact-{g}": functools.partial(iexact, g) for g in GROUPS},
     **{f"iexact-{g}-vm": functools.partial(iexact, g, "variance-minimising") for g in GROUPS},
 }
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_budget(budget: str | int | float | None) -> tuple[int | None, float | None]:
+    """A budget in bytes, or as a share of what `torch.compile` alone would need; one of the two, or neither.
+
+    Raises:
+        ValueError: it is none of the forms that `Config.budget` has.
+    """
+    message = f'budget must be None, bytes such as 2 * 2**30 or "2GiB", or a share from 0 to 1, got {budget!r}'
+    if budget is None:
+        return None, None
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
+        if match is None or match[2].upper() not in UNITS or not float(match[1]):
+            raise ValueError(message)
+        return int(float(match[1]) * UNITS[match[2].upper()]), None
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+        raise ValueError(message)
+    if isinstance(budget, float) and budget <= 1:
+        return None, budget
+    return int(budget), None
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

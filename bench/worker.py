@@ -1,8 +1,8 @@
 """A process that trains one variant, one command a line: `python -m bench.worker` reads and writes JSON.
 
 Commands: {"start": workload, "kind": its class, "variant": name, "warm_up": steps a batch}, then any of
-{"do": "step" | "saved" | "reported" | "peak"}, and {"gradients": seeds, "path": file}. Every answer is one line; an
-exception becomes {"error": text}.
+{"do": "step" | "saved" | "reported" | "predicted" | "peak"}, and {"gradients": seeds, "path": file}. Every answer is
+one line; an exception becomes {"error": text}.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ class Worker:
         one = len(training.batches) == 1  # with several, what was compiled is for sizes that no batch need have
         inputs = () if one else training.batches[0].inputs
         return {"bytes": actcompile.explain(training.run, *inputs).saved_bytes_after}
+
+    def predicted(self, training: Training) -> dict[str, Any]:
+        """What is predicted of a step on the first batch, in bytes."""
+        found = actcompile.estimate(training.model, *training.batches[0].inputs)
+        return {key: getattr(found, key) for key in ("saved_before", "saved_after", "peak_before", "peak_after")}
 
     def saved(self, training: Training) -> dict[str, Any]:
         found = saved_tensors(training.forward(), training.alive_anyway())

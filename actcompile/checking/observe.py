@@ -21,6 +21,7 @@ from actcompile.passes.spare.dropout import dropout
 
 from ..backend import cut, decide, fuse
 from ..config import Config
+from ..tracing.capture import capture_sizes
 from ..tracing.trace import isolated
 
 Look = Callable[[Choice, Tensor], None]
@@ -48,6 +49,7 @@ def observed(
     """
     made = Config.make(config, **options)
 
+    @capture_sizes
     def observing(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         watched: dict[str, Choice] = {}
 
@@ -64,7 +66,7 @@ def observed(
             return split.forward, split.backward
 
         def after_joint_passes(joint: fx.GraphModule, joint_inputs: Sequence[object], **keywords: Any) -> Any:
-            return _torch.inductor_partition(joint, joint_inputs, _Partitioner(partition), **keywords)
+            return _torch.inductor_partition(joint, joint_inputs, Partition(partition), **keywords)
 
         def interpreted(forward: fx.GraphModule, _: Sequence[object]) -> Any:
             return _torch.make_boxed_func(_Observer(forward, watched, look).run)
@@ -88,7 +90,7 @@ def _encoded(choice: Choice) -> fx.Node:
     return found.result if found and found.result.users else choice.activation.node
 
 
-class _Partitioner(_torch.CustomPartitionerFn):
+class Partition(_torch.CustomPartitionerFn):
     """A function as what Inductor takes for a partitioner; nothing that it makes is cached."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -180,6 +180,32 @@ class GraphNode:
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """What the planner predicts; the peak of a point is in bytes, its time that of encoding and decoding in seconds.
+
+    Attributes:
+        error: relative error that rounding adds to the gradients of a step.
+        seconds: that encoding and decoding take.
+        measured: whether the noise of all that is rounded was measured, rather than guessed.
+        greedy: (peak, error, seconds) of the plan that a greedy choice finds; None where it finds none.
+        gap: how far, relatively, the plan may be from the best.
+        front: (peak, error, seconds) of plans of least error within falling peaks.
+    """
+
+    error: float
+    seconds: float
+    measured: bool
+    greedy: tuple[float, ...] | None
+    gap: float
+    front: tuple[tuple[float, ...], ...]
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Outlook":
+        greedy = data["greedy"] and tuple(data["greedy"])
+        return Outlook(**{**data, "greedy": greedy, "front": tuple(map(tuple, data["front"]))})
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """One compiled graph: its saved activations, and both rewritten graphs as code and as nodes.
 
@@ -195,6 +221,7 @@ class GraphReport:
         grouped: positions of the inputs whose edges are grouped by node for that, which is remembered across steps.
         remembered: bytes of these groupings now, after a run; reports of the same graph are equal whatever it is.
         memory_before, memory_after: what is alive when in a step, as torch alone has it, and now.
+        outlook: what the planner predicts, where bounds were given or noise was measured.
     """
 
     rows: tuple[Row, ...]
@@ -215,6 +242,7 @@ class GraphReport:
     remembered: int = field(default=0, compare=False)
     memory_before: Memory = Memory()
     memory_after: Memory = Memory()
+    outlook: Outlook | None = None
 
     def at(self, sizes: Mapping[str, int]) -> "GraphReport":
         """The same report with the bytes at other sizes, those of a run; what is not among them stays as it was."""
@@ -257,7 +285,9 @@ class GraphReport:
         memory = {key: Memory.from_dict(data[key]) for key in ("memory_before", "memory_after")}
         names = {key: tuple(data[key]) for key in ("bounds", "handed_on", "grouped")}
         handed = {key: tuple((position, kept) for position, kept in data[key]) for key in ("taken", "given")}
-        return GraphReport(**{**data, "rows": rows, "edges": edges, **memory, **nodes, **names, **handed})
+        outlook = data["outlook"] and Outlook.from_dict(data["outlook"])
+        made = {"rows": rows, "edges": edges, "outlook": outlook}
+        return GraphReport(**{**data, **made, **memory, **nodes, **names, **handed})
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from actcompile.passes.edges.lists import Counted, lists, maker_of
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import SavedActivation, maker, module_path, own_nbytes, source_line
 from actcompile.passes.graph.split import Split, is_size, is_tensor, root
+from actcompile.passes.plan.fit import Fitted
 from actcompile.passes.plan.memory import lifetimes
 from actcompile.passes.plan.plan import Choice, Plan, is_constant
 from actcompile.passes.spare.commute import Commuted
@@ -25,7 +26,7 @@ from actcompile.passes.spare.views import Viewed
 
 from ..config import Config
 from ..tracing.call import Situation
-from .data import EdgeRow, GraphNode, GraphReport, Memory, MemoryRow, Row
+from .data import EdgeRow, GraphNode, GraphReport, Memory, MemoryRow, Outlook, Row
 
 Spared = Commuted | Rebuilt | Redrawn | Replayed | Viewed
 """An activation that backward does without, and why."""
@@ -93,6 +94,13 @@ def record(
         memory_before=memory_before,
         memory_after=_memory(split, axes, config, encoded),
     )
+
+
+def outlook(fitted: Fitted) -> Outlook:
+    """Takes down what the planner predicts."""
+    greedy = None if fitted.greedy is None else astuple(fitted.greedy)
+    front = tuple(map(astuple, fitted.front))
+    return Outlook(fitted.point.error, fitted.point.seconds, fitted.measured, greedy, fitted.gap, front)
 
 
 def memory(split: Split, config: Config) -> Memory:

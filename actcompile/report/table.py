@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .data import EdgeRow, GraphReport, ReportData, Row
 from .memory import is_drawn, peaks, plots
-from .text import ROOMY, because, biased, clean, count, cut, human, made_in, shape_of, simple_box, to_text, width
+from .text import ROOMY, because, biased, clean, count, cut, human, made_in, shape_of, share, simple_box, to_text, width
 
 R = TypeVar("R", Row, EdgeRow)
 NO_GRAPH = (
@@ -41,7 +41,13 @@ def renderable(report: ReportData, roomy: bool | None = None) -> Group:
         roomy = shutil.get_terminal_size((100, 24)).columns >= ROOMY
     parts: list[RenderableType] = []
     for number, graph in enumerate(report.graphs):
-        parts += [Text(heading(report, number), style="bold"), *_graph(graph, roomy), *_memory(graph), Text()]
+        parts += [
+            Text(heading(report, number), style="bold"),
+            *_graph(graph, roomy),
+            *_memory(graph),
+            *_plan(graph),
+            Text(),
+        ]
     if not report.graphs:
         parts.append(Text(NO_GRAPH))
     else:
@@ -87,6 +93,26 @@ def _edges(graph: GraphReport, roomy: bool) -> list[RenderableType]:
 
 def _memory(graph: GraphReport) -> list[RenderableType]:
     return [Text(f"  {peaks(graph)}"), *plots(graph, width())] if is_drawn(graph) else []
+
+
+def _plan(graph: GraphReport) -> list[RenderableType]:
+    return [Text(f"  {line}") for line in about_plan(graph)]
+
+
+def about_plan(graph: GraphReport) -> list[str]:
+    """What the planner predicts: the gradients' error, what greedy would have found, and the front of all plans."""
+    if (plan := graph.outlook) is None:
+        return []
+    basis = "measured" if plan.measured else "guessed: actcompile.measure tells it from a run"
+    time = f"{1e3 * plan.seconds:,.1f} ms to encode and decode"
+    lines = [f"planned: rounding adds {share(plan.error)} to the gradients' error ({basis}), {time}"]
+    if plan.gap > 1e-3 and plan.gap < float("inf"):
+        lines.append(f"the search was cut short: the best plan may be better by {share(plan.gap)}")
+    if plan.greedy is not None:
+        peak, error, _ = plan.greedy
+        lines.append(f"a greedy plan would have {share(error)}, at a peak of {human(int(peak))}")
+    points = ", ".join(f"{human(int(peak))}: {share(error)}" for peak, error, _ in plan.front)
+    return [*lines, f"least error by predicted peak: {points}"]
 
 
 def about_edges(graph: GraphReport) -> list[str]:

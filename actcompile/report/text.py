@@ -30,6 +30,11 @@ def simple_box() -> box.Box:
     return box.SIMPLE_HEAD if (sys.stdout.encoding or "utf-8").lower().startswith("utf") else box.ASCII2
 
 
+def share(number: float) -> str:
+    """A share for people: `12 %`, `0.34 %`, `none` for zero."""
+    return f"{100 * number:.3g} %" if number else "none"
+
+
 def human(nbytes: int) -> str:
     """Bytes for people, three digits and more: `512 B`, `8.19 KB`, `16.4 MB` (MB = 10**6 bytes), `1,388 MB`."""
     if nbytes < 1000:

@@ -27,6 +27,7 @@ from actcompile.passes.graph._torch import (
     functorch_config,
     innermost_backend,
 )
+from actcompile.passes.plan.fit import Impossible
 
 Backend = TypeVar("Backend", bound=Callable[..., Any])
 
@@ -51,7 +52,7 @@ def capture_sizes(backend: Backend) -> Backend:
             # Backward now, not at its first call, so that what its compiler cannot do is known here.
             with functorch_config.patch(force_non_lazy_backward_lowering=True):
                 return backend(gm, inputs, **options)
-        except RestartAnalysis:  # no failure: Dynamo traces the frame once more
+        except (RestartAnalysis, Impossible):  # Dynamo traces the frame once more; the user's bounds, not the sizes
             raise
         except Exception as error:
             raise _NeedsSizes("sizes that depend on data could not be compiled") from error

@@ -3,7 +3,9 @@
 from bench.cases import (
     accounting,
     accuracy,
+    blocks,
     copy_speed,
+    costmodel,
     distributions,
     gpu,
     gradients,
@@ -19,7 +21,9 @@ from bench.cases import (
 __all__ = [
     "accounting",
     "accuracy",
+    "blocks",
     "copy_speed",
+    "costmodel",
     "distributions",
     "gpu",
     "gradients",

@@ -123,10 +123,11 @@ def lifetimes(split: Split, fuses: bool) -> list[Lifetime]:
     for node, placeholder in split.pairs:
         if is_tensor(node):
             saved.setdefault(root(node), []).append(placeholder)
-    forward = _memory(_Reads(split.forward.graph, 0, fuses), saved.keys() | outputs)
+    inputs = [n for n in split.forward.graph.find_nodes(op="placeholder") if is_input(n)]
+    forward = _memory(_Reads(split.forward.graph, 0, fuses), saved.keys() | outputs, inputs)
     reads = _Reads(split.backward.graph, start, fuses)
     gradients = {root(n) for n in split.backward.graph.output_node().all_input_nodes}
-    backward = _memory(reads, gradients)
+    backward = _memory(reads, gradients, [p for n, p in split.pairs if root(n) not in forward])
     for node, memory in forward.items():
         if node in saved:
             read = [reads.of(p)[0] for p in saved[node]]
@@ -178,11 +179,11 @@ class _Reads:
         return all(self._in_loops(u) if is_view(u) else is_loop(u) or u.target in SUMS for u in node.users)
 
 
-def _memory(reads: _Reads, kept: Collection[fx.Node]) -> dict[fx.Node, Lifetime]:
-    """The memory of what a graph makes or is given, inputs left out; until it is read last, whatever is kept."""
+def _memory(reads: _Reads, kept: Collection[fx.Node], free: Collection[fx.Node]) -> dict[fx.Node, Lifetime]:
+    """The memory of what a graph makes or is given, without what is `free`; until it is read last, whatever is kept."""
     made: dict[fx.Node, Lifetime] = {}
     for node, position in reads.position.items():
-        if not is_tensor(node) or is_view(node) or node.op == "get_attr" or _is_alive_anyway(node) or writes(node):
+        if not is_tensor(node) or is_view(node) or node.op == "get_attr" or node in free or writes(node):
             continue
         if not reads.inlined(node):
             first = reads.position[node.args[0]] if node.target is operator.getitem else position  # type: ignore[index]
@@ -190,10 +191,6 @@ def _memory(reads: _Reads, kept: Collection[fx.Node]) -> dict[fx.Node, Lifetime]
     if reads.fuses:
         _write_in_place(made, kept)
     return made
-
-
-def _is_alive_anyway(node: fx.Node) -> bool:
-    return is_input(node) and "tangent" not in node.name and node.name.startswith("primals")
 
 
 def _write_in_place(made: dict[fx.Node, Lifetime], kept: Collection[fx.Node]) -> None:

@@ -156,14 +156,14 @@ def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, D
         if isinstance(codec, Keep):
             nbytes = activation.nbytes
         else:
-            nbytes = codec.nbytes(activation.shape, activation.value.dtype) + _statistics(codec, activation, saved)
+            nbytes = codec.nbytes(activation.shape, activation.value.dtype) + statistics(codec, activation, saved)
         if nbytes >= min(activation.nbytes, own_nbytes(activation.value)) and not isinstance(codec, Keep):
             codec, nbytes, reason = Keep(), activation.nbytes, f"{codec} would take {nbytes} bytes: not less"
         choices.append(Choice(activation, codec, nbytes, dependence, reason))
-    return Plan(tuple(_let_go(choices, policy.min_bytes)))
+    return Plan(tuple(let_go(choices, policy.min_bytes)))
 
 
-def _let_go(choices: Sequence[Choice], min_bytes: int) -> list[Choice]:
+def let_go(choices: Sequence[Choice], min_bytes: int) -> list[Choice]:
     """Copies views that are kept where the memory that they are views of is needed for nothing else and is larger."""
     groups: dict[fx.Node, list[Choice]] = {}
     for choice in choices:
@@ -270,7 +270,7 @@ def _quantize(a: SavedActivation, bits: int, policy: Policy) -> Quantize:
     return Quantize(fit_format(a, bits, policy, signed=standardised), standardised=standardised)
 
 
-def _statistics(codec: Codec, a: SavedActivation, saved: Collection[fx.Node]) -> int:
+def statistics(codec: Codec, a: SavedActivation, saved: Collection[fx.Node]) -> int:
     """Bytes of the columns' statistics that are saved for a standardised activation alone."""
     form = standard(a.node) if isinstance(codec, Quantize) and codec.standardised else None
     nodes = (form.scale, *form.plus) if form else ()

@@ -1,0 +1,121 @@
+"""What a step of training would take, from shapes alone: nothing is allocated, and nothing runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from actcompile.passes.graph._torch import pytree
+
+from .api import explain
+from .config import Config
+
+PLAIN, OURS = "torch.compile", "actcompile"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a training step, without us and with.
+
+    Attributes:
+        alive: parameters, buffers and inputs: there before the step and after it.
+        saved_before, saved_after: saved for backward.
+        peak_before, peak_after: the step's peak over what is alive, gradients included; the optimiser's state is not.
+        error: relative error that rounding adds to the gradients, where bounds were given or noise was measured.
+    """
+
+    alive: int
+    saved_before: int
+    saved_after: int
+    peak_before: int
+    peak_after: int
+    error: float | None = None
+
+    def total(self, who: str) -> int:
+        """What is alive and the peak together."""
+        return self.alive + (self.peak_before if who == PLAIN else self.peak_after)
+
+    def __rich__(self) -> RenderableType:
+        table = Table(box=None, padding=(0, 3, 0, 0))
+        for title in ("", "saved for backward", "peak of a step", "with inputs and parameters"):
+            table.add_column(title, justify="right" if title else "left")
+        for who, saved, peak in (
+            (PLAIN, self.saved_before, self.peak_before),
+            (OURS, self.saved_after, self.peak_after),
+        ):
+            table.add_row(who, *map(size, (saved, peak, self.total(who))))
+        lines = [Text(f"error of the gradients by rounding: {self.error:.2%}")] if self.error is not None else []
+        return Group(table, *lines)
+
+
+def estimate(model: nn.Module, *inputs: Any, config: Config | None = None, **options: Any) -> Estimate:
+    """Tells what a training step of `model` would take, without allocating or running it.
+
+        with torch.device("meta"):
+            model, x, edge_index = Net(), torch.empty(10**8, 128), torch.empty(2, 10**9, dtype=torch.int64)
+        print(actcompile.estimate(model, x, edge_index).peak_after)
+
+    It is `explain`'s prediction of live bytes, for the CPU's kernels. Of several graphs, the largest peak counts, and
+    what the others save beside.
+
+    Args:
+        model: a module, its parameters on any device, "meta" among them.
+        inputs: what it is called with; meta or fake tensors will do.
+        config, options: as in `explain`; bounds such as `budget` are planned for.
+    """
+    made = Config.make(config, **options)
+    report = explain(model, *inputs, config=made)
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    alive = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers(), *tensors])
+
+    def peak(which: str) -> int:
+        saved = sum(getattr(g, f"bytes_{which}") for g in report.graphs)
+        peaks = [getattr(g, f"memory_{which}").peak - getattr(g, f"bytes_{which}") for g in report.graphs]
+        return saved + max(peaks, default=0)
+
+    errors = [g.outlook.error for g in report.graphs if g.outlook is not None]
+    error = sum(e * e for e in errors) ** 0.5 if errors else None
+    return Estimate(alive, report.saved_bytes_before, report.saved_bytes_after, peak("before"), peak("after"), error)
+
+
+def largest(need: Callable[[float], int], memory: int, start: float = 1.0, whole: bool = False) -> float:
+    """The largest argument at which `need`, which grows with it, is at most `memory`; 0 where there is none.
+
+    Args:
+        need: bytes, nearly affine in its argument or a power of it.
+        whole: only whole numbers.
+    """
+    low, high, at = 0.0, float("inf"), start
+    for _ in range(12):
+        at = max(1.0, float(int(at))) if whole else at
+        taken = need(at)
+        if taken <= memory:
+            low = max(low, at)
+        else:
+            high = min(high, at)
+        guess = at * min(max(memory / max(taken, 1), 0.1), 10.0)
+        if not low < guess < high:
+            guess = (low + high) / 2 if high < float("inf") else low * 2
+        if (whole and high - low <= 1) or (not whole and low and min(high, guess) / low < 1.01) or guess < 1e-9:
+            break
+        at = guess
+    return low
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: `512 MB`, `1,234 GB`."""
+    value, unit = (nbytes / 1e6, "MB") if nbytes < 10**10 else (nbytes / 1e9, "GB")
+    return f"{value:,.1f} {unit}" if value < 100 else f"{value:,.0f} {unit}"
+
+
+def meta_inputs(nodes: int, edges: int, features: int) -> tuple[Tensor, Tensor]:
+    """Features and edges of a graph that takes no memory."""
+    x = torch.empty(nodes, features, device="meta")
+    return x, torch.empty(2, edges, dtype=torch.int64, device="meta")
