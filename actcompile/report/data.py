@@ -219,7 +219,7 @@ class GraphReport:
         edges: the tensors with a row for each edge that are in memory during a step, forward's first.
         fused: how many regions of message passing, of both directions, run as one op each.
         grouped: positions of the inputs whose edges are grouped by node for that, which is remembered across steps.
-        remembered: bytes of these groupings after the last run.
+        remembered: bytes of these groupings now, after a run; reports of the same graph are equal whatever it is.
         memory_before, memory_after: what is alive when in a step, as torch alone has it, and now.
         outlook: what the planner predicts, where bounds were given or noise was measured.
     """
@@ -239,7 +239,7 @@ class GraphReport:
     edges: tuple[EdgeRow, ...] = ()
     fused: int = 0
     grouped: tuple[int, ...] = ()
-    remembered: int = 0
+    remembered: int = field(default=0, compare=False)
     memory_before: Memory = Memory()
     memory_after: Memory = Memory()
     outlook: Outlook | None = None
