@@ -23,7 +23,7 @@ from torch import fx
 from actcompile.kernels.edges.ops import aggregation, prepare
 
 from ..graph import _torch
-from ..graph.bodies import BODY
+from ..graph.bodies import BODY, PARTIAL
 from ..graph.split import call, inherit_origin, is_tensor, writes
 from .regions import FLOATS, Region, Unfit, is_computable, region
 from .takes import Index, Reduction, Take, original, reduction_of, take_of
@@ -64,7 +64,10 @@ class _Fusing:
         placeholders = graph.find_nodes(op="placeholder")
         self.of_tangents = _descendants(n for n in placeholders if "tangents" in n.name)
         self.of_parameters = _descendants(n for n in placeholders if n.name in parameters)
-        self.known: dict[fx.Node, bool] = {}
+        self.made_of_rows: set[fx.Node] = set()
+        for node in graph.nodes:
+            if is_tensor(node) and (_takes_floats(node) or is_computable(node) and self._reads_rows(node)):
+                self.made_of_rows.add(node)
         self.grouped: dict[tuple[Index, str], tuple[fx.Node, fx.Node]] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.matrices: dict[fx.Node, fx.Node] = {}  # for regions that end with no sum by node: rows of those nodes
@@ -78,7 +81,7 @@ class _Fusing:
                 continue
             try:
                 made = self._written(node)
-            except Unfit as reason:
+            except (Unfit, RecursionError) as reason:  # or thousands of ops, each on what the one before made
                 self.fused.append(Fused(node.name, (), _nbytes(node), str(reason)))
                 continue
             if made is not None:
@@ -87,7 +90,7 @@ class _Fusing:
         for mask in masks:
             try:
                 found[mask] = self._apart(mask, mask, "edge", exact=lambda _: False)
-            except Unfit as reason:  # it stays as it is, and `masks` has it made in forward
+            except (Unfit, RecursionError) as reason:  # it stays as it is, and `masks` has it made in forward
                 self.fused.append(Fused(mask.name, (), _nbytes(mask), str(reason)))
         self._pack(masks & found.keys(), found)
         bodies = {node: _body(made) for node, made in found.items() if isinstance(made, Region)}
@@ -163,12 +166,10 @@ class _Fusing:
 
     def taken(self, node: fx.Node) -> bool:
         """Whether a node is made of taken rows by what a program can do."""
-        if node not in self.known:
-            self.known[node] = is_tensor(node) and (
-                (take_of(node) is not None and node.meta["val"].is_floating_point())
-                or (is_computable(node) and any(self.taken(n) for n in node.all_input_nodes))
-            )
-        return self.known[node]
+        return node in self.made_of_rows
+
+    def _reads_rows(self, node: fx.Node) -> bool:
+        return not self.made_of_rows.isdisjoint(node.all_input_nodes)
 
     def _exact(self, end: fx.Node) -> Callable[[fx.Node], bool]:
         """Whether a comparison that backward needs is one of forward's values."""
@@ -264,6 +265,7 @@ class _Fusing:
                 return part
             if kind == "sum" and reduction is None:  # over all edges: over those of each node, then over nodes
                 part = call(graph, aten.sum.dim_IntList, part, [0], like=end)
+                part.meta[PARTIAL] = True
                 return call(graph, aten.view.default, part, list(value.shape), like=end)
             if value.dim() == 2 and _torch.known_true(value.shape[1] == part.meta["val"].shape[1]):
                 return part
@@ -305,15 +307,13 @@ class _Fusing:
         return list(self.grouped[key])
 
 
-def _body(made: Region) -> fx.Graph:
-    """What a region computes as a graph: its first inputs are the operands, its output is the end.
+def _takes_floats(node: fx.Node) -> bool:
+    return node.meta["val"].is_floating_point() and take_of(node) is not None
 
-    Of a sum over all edges, the output is what is summed up.
-    """
-    over_all = made.program.outputs[0].kind == "sum" and reduction_of(made.end) is None
-    last = made.end.args[0] if over_all else made.end
-    assert isinstance(last, fx.Node)
-    nodes = sorted({*made.inside, last})
+
+def _body(made: Region) -> fx.Graph:
+    """What a region computes as a graph: its first inputs are the operands, its output is the end."""
+    nodes = sorted({*made.inside, made.end})
     inputs = [n for node in nodes for n in node.all_input_nodes if n not in nodes]
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -324,7 +324,7 @@ def _body(made: Region) -> fx.Graph:
     for node in nodes:
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[last])
+    graph.output(copies[made.end])
     return graph
 
 
