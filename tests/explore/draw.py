@@ -66,6 +66,7 @@ class Case:
         dynamic: as in `torch.compile`.
         changing: whether a batch of other sizes runs first.
         dtype: of the model and of its features: "float32", "float64" or "bfloat16".
+        kernels: whether fused message passing runs compiled, which takes seconds, or by its reference.
         options: fields of `Config`.
     """
 
@@ -84,6 +85,7 @@ class Case:
     changing: bool
     options: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    kernels: bool = True
 
     @property
     def rounds(self) -> bool:
@@ -160,6 +162,7 @@ def draw(seed: int, inner: str = "aot_eager") -> Case:
         changing=r.random() < 0.2,
         options=options,
         dtype=r.choices(("float32", "float64", "bfloat16"), (12, 7, 1))[0],
+        kernels=r.random() < 0.25,
     )
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +25,7 @@ from actcompile._check import examine
 from actcompile._draws import Task
 from actcompile.backend import compile_plain
 from actcompile.kernels.blocks.random_bits import rounding_seeded
+from actcompile.kernels.edges import ops as edges_ops
 from bench.measure import saved_bytes
 from tests.explore.draw import Case, Model, batch, loss
 
@@ -55,7 +58,7 @@ class Run:
 def judge(case: Case, means: bool = False) -> Outcome:
     """Runs a case. `means` also tests the mean of many roundings."""
     torch._dynamo.reset()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _kernels(case.kernels):
         warnings.simplefilter("ignore")
         try:
             model, inputs = Model(case), batch(case)
@@ -74,6 +77,15 @@ def judge(case: Case, means: bool = False) -> Outcome:
         if found.kind == "right" and means and case.rounds and not case.changing:
             found = _means(case, model, inputs)
         return found
+
+
+@contextmanager
+def _kernels(compiled: bool) -> Iterator[None]:
+    """Has fused message passing run compiled, or by its reference."""
+    edges_ops._kernels.clear()
+    with nullcontext() if compiled else mock.patch.object(edges_ops, "compile_source", lambda *_: None):
+        yield
+    edges_ops._kernels.clear()
 
 
 def run(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., Any] | None = None) -> Run:
