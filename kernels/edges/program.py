@@ -167,7 +167,8 @@ def run_reference(
         (nodes, width) or (edges, width) for each output.
     """
     edges = by.shape[0]
-    double = any(part.dtype == "float64" for part in (*program.operands, *program.outputs))
+    parts: tuple[Operand | Output, ...] = (*program.operands, *program.outputs)
+    double = any(part.dtype == "float64" for part in parts)
     real = torch.float64 if double else torch.float32  # what is computed in
     values: dict[str, Tensor] = {}
     for i, (operand, tensor) in enumerate(zip(program.operands, operands, strict=True)):
@@ -184,7 +185,7 @@ def run_reference(
             like = next(a for a in arguments if isinstance(a, Tensor) and (a.dtype != torch.bool or step.op != "where"))
             arguments = [a if isinstance(a, Tensor) else torch.full_like(like[:1, :1, :1], a) for a in arguments]
         elif not isinstance(arguments[0], Tensor):  # torch.sub(1, x) has no such form
-            arguments[0] = torch.tensor(arguments[0], device=by.device)
+            arguments[0] = torch.tensor(arguments[0], dtype=real, device=by.device)
         dtype = (real,) if step.op == "float" else ()
         values[f"v{i}"] = OPS[step.op][1](*arguments, *dtype)  # type: ignore[operator]
     results = []

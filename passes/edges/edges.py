@@ -26,9 +26,10 @@ from ..graph import _torch
 from ..graph.bodies import BODY, PARTIAL
 from ..graph.split import call, inherit_origin, is_tensor, writes
 from .regions import FLOATS, Region, Unfit, is_computable, region
-from .takes import Index, Reduction, Take, original, reduction_of, take_of
+from .takes import COPIES, Index, Reduction, Take, original, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
+EQUALITIES = (aten.eq.Tensor, aten.ne.Tensor)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class _Fusing:
                 found[mask] = self._apart(mask, mask, "edge", exact=lambda _: False)
             except (Unfit, RecursionError) as reason:  # it stays as it is, and `masks` has it made in forward
                 self.fused.append(Fused(mask.name, (), _nbytes(mask), str(reason)))
+        self._agree(found)
         self._pack(masks & found.keys(), found)
         bodies = {node: _body(made) for node, made in found.items() if isinstance(made, Region)}
         order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -142,6 +144,36 @@ class _Fusing:
         by, nodes = takes[0].index, takes[0].matrix.meta["val"].shape[0]
         self.matrices[node] = takes[0].matrix
         return region(node, value, kind, by, nodes, self.taken, exact or self._exact(node))
+
+    def _agree(self, found: dict[fx.Node, Any]) -> None:
+        """Leaves an extremum as it is where what compares messages with it is not fused, and the other way round.
+
+        Which neighbour was the largest is known only where both compute its message alike, to the last bit.
+        """
+        left = None
+        while left != len(found):
+            left = len(found)
+            for node, made in list(found.items()):
+                alike = self._compared_with(node) <= found.keys()
+                if isinstance(made, Region) and any(step.op in ("eq", "ne") for step in made.program.steps):
+                    sums = {m for m in map(original, made.operands) if m in found or reduction_of(m) is not None}
+                    alike &= bool(sums) and sums <= found.keys()  # what else they may equal is computed elsewhere
+                if not alike:
+                    del found[node]
+                    self.fused.append(Fused(node.name, (), _nbytes(node), "compared with what is not fused"))
+
+    def _compared_with(self, node: fx.Node) -> set[fx.Node]:
+        """The comparisons of rows of edges with an extremum; none for other nodes."""
+        todo, found = [node] if node.target is aten.scatter_reduce.two else [], set()
+        seen = set(todo)
+        while todo:
+            for user in set(todo.pop().users) - seen:
+                seen.add(user)
+                if user in self.made_of_rows and user.target in EQUALITIES:
+                    found.add(user)
+                elif user in self.made_of_rows or user.target in COPIES:
+                    todo.append(user)
+        return found
 
     def _pack(self, masks: Collection[fx.Node], found: dict[fx.Node, Any]) -> None:
         """Has masks that nothing but regions reads written and read as bits."""

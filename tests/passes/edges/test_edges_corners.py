@@ -29,6 +29,17 @@ def doubled_from_float32(x, y, edge_index):
     return sum_of((x.float()[edge_index[0]] * 0.1).double() * y[edge_index[0]], edge_index)
 
 
+def extremum_of_own(name, included, start):
+    """An extremum that is not fused, of messages that C++ computes in another way than torch."""
+
+    def function(x, y, edge_index):
+        message = (x[edge_index[0]] * 0.7).exp().tanh() * y[edge_index[1]]
+        index = edge_index[1].view(-1, 1).expand_as(message)
+        return message.new_full((N, WIDTH), start).scatter_reduce(0, index, message, name, include_self=included)
+
+    return function
+
+
 def how_many_are_larger(x, y, edge_index):
     larger = (x[edge_index[0]] > y[edge_index[1]]).sum(-1, keepdim=True)
     return sum_of(x[edge_index[0]].sin() * larger, edge_index)
@@ -54,6 +65,20 @@ def of_many_ops_on_nodes(x, y, edge_index):
     for _ in range(450):
         x = x + 0.001 * y
     return x.sum(-1)
+
+
+EXTREMA = [("amax", True, -0.1), ("amin", True, 0.1), ("amax", False, 0.1), ("amin", False, 0.0), ("amax", False, 0.0)]
+
+
+@pytest.mark.parametrize("name, included, start", EXTREMA)
+def test_an_extremum_meets_its_messages_whoever_computes_them(name, included, start):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    function = extremum_of_own(name, included, start)
+    x, y = (torch.randn(N, WIDTH, requires_grad=True) for _ in range(2))
+    inputs = x, y, torch.randint(N, (2, E))
+    ours = step(torch.compile(function, backend="actcompile", options=EXACT), inputs, (x, y))
+    torch.testing.assert_close(ours, step(function, inputs, (x, y)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
