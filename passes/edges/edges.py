@@ -154,8 +154,11 @@ class _Fusing:
         while left != len(found):
             left = len(found)
             for node, made in list(found.items()):
+                steps = {step.op for step in made.program.steps} if isinstance(made, Region) else set()
+                if steps <= {"eq", "ne"}:
+                    continue  # messages are read, not computed
                 alike = self._compared_with(node) <= found.keys()
-                if isinstance(made, Region) and any(step.op in ("eq", "ne") for step in made.program.steps):
+                if steps & {"eq", "ne"}:
                     sums = {m for m in map(original, made.operands) if m in found or reduction_of(m) is not None}
                     alike &= bool(sums) and sums <= found.keys()  # what else they may equal is computed elsewhere
                 if not alike:
