@@ -138,7 +138,7 @@ OPS = {  # name -> C++, with T the type that is computed in; and the same in tor
     "or": ("({0} || {1})", torch.logical_or),
     "not": ("(!{0})", torch.logical_not),
     "bfloat16": ("rounded({0})", lambda x: x.bfloat16().to(x.dtype)),
-    "float": ("T({0})", lambda x: x.to(torch.promote_types(x.dtype, torch.float32))),
+    "float": ("T({0})", torch.Tensor.to),  # the dtype that is computed in
 }
 COMPARING = frozenset(("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not"))
 
@@ -167,6 +167,9 @@ def run_reference(
         (nodes, width) or (edges, width) for each output.
     """
     edges = by.shape[0]
+    parts: tuple[Operand | Output, ...] = (*program.operands, *program.outputs)
+    double = any(part.dtype == "float64" for part in parts)
+    real = torch.float64 if double else torch.float32  # what is computed in
     values: dict[str, Tensor] = {}
     for i, (operand, tensor) in enumerate(zip(program.operands, operands, strict=True)):
         if operand.dtype == "bits":
@@ -175,15 +178,16 @@ def run_reference(
         rows = tensor.reshape(count, *shape(operand.level, heads, columns))
         if operand.where == "take":
             rows = rows[by if operand.index < 0 else indices[operand.index]]
-        values[f"o{i}"] = rows if rows.dtype in (torch.bool, torch.float64) else rows.float()
+        values[f"o{i}"] = rows if rows.dtype == torch.bool else rows.to(real)
     for i, step in enumerate(program.steps):
         arguments = [values[a] if isinstance(a, str) else a for a in step.arguments]
         if step.op in ("maximum", "minimum", "where"):
             like = next(a for a in arguments if isinstance(a, Tensor) and (a.dtype != torch.bool or step.op != "where"))
             arguments = [a if isinstance(a, Tensor) else torch.full_like(like[:1, :1, :1], a) for a in arguments]
         elif not isinstance(arguments[0], Tensor):  # torch.sub(1, x) has no such form
-            arguments[0] = torch.tensor(arguments[0], device=by.device)
-        values[f"v{i}"] = OPS[step.op][1](*arguments)  # type: ignore[operator]
+            arguments[0] = torch.tensor(arguments[0], dtype=real, device=by.device)
+        dtype = (real,) if step.op == "float" else ()
+        values[f"v{i}"] = OPS[step.op][1](*arguments, *dtype)  # type: ignore[operator]
     results = []
     for output in program.outputs:
         value = values[output.value]
@@ -192,7 +196,7 @@ def run_reference(
         if output.kind == "dot":
             value = value.sum(2, keepdim=True)
         elif output.kind in REDUCTIONS:
-            value = value.float() if value.dtype == torch.bool else value
+            value = value.to(real) if value.dtype == torch.bool else value
             start = value.new_zeros(nodes, *value.shape[1:])
             if output.kind == "sum":
                 value = start.index_add(0, by.long(), value)

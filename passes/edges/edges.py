@@ -23,13 +23,14 @@ from torch import fx
 from actcompile.kernels.edges.ops import aggregation, prepare
 
 from ..graph import _torch
-from ..graph.bodies import BODY
+from ..graph.bodies import BODY, PARTIAL
 from ..graph.split import Split, call, inherit_origin, is_tensor, writes
 from .regions import FLOATS, Region, Unfit, is_computable, region
-from .takes import Index, Reduction, Take, original, reduction_of, take_of
+from .takes import COPIES, Index, Reduction, Take, original, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 BY = {ops.edges.default: 1, ops.aggregate.default: 4}  # the position of the index that edges are grouped by
+EQUALITIES = (aten.eq.Tensor, aten.ne.Tensor)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ class _Fusing:
         placeholders = graph.find_nodes(op="placeholder")
         self.of_tangents = _descendants(n for n in placeholders if "tangents" in n.name)
         self.of_parameters = _descendants(n for n in placeholders if n.name in parameters)
-        self.known: dict[fx.Node, bool] = {}
+        self.made_of_rows: set[fx.Node] = set()
+        for node in graph.nodes:
+            if is_tensor(node) and (_takes_floats(node) or is_computable(node) and self._reads_rows(node)):
+                self.made_of_rows.add(node)
         self.grouped: dict[tuple[Index, str], tuple[fx.Node, fx.Node]] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.matrices: dict[fx.Node, fx.Node] = {}  # for regions that end with no sum by node: rows of those nodes
@@ -87,7 +91,7 @@ class _Fusing:
                 continue
             try:
                 made = self._written(node)
-            except Unfit as reason:
+            except (Unfit, RecursionError) as reason:  # or thousands of ops, each on what the one before made
                 self.fused.append(Fused(node.name, (), _nbytes(node), str(reason)))
                 continue
             if made is not None:
@@ -96,8 +100,9 @@ class _Fusing:
         for mask in masks:
             try:
                 found[mask] = self._apart(mask, mask, "edge", exact=lambda _: False)
-            except Unfit as reason:  # it stays as it is, and `masks` has it made in forward
+            except (Unfit, RecursionError) as reason:  # it stays as it is, and `masks` has it made in forward
                 self.fused.append(Fused(mask.name, (), _nbytes(mask), str(reason)))
+        self._agree(found)
         self._pack(masks & found.keys(), found)
         bodies = {node: _body(made) for node, made in found.items() if isinstance(made, Region)}
         order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -149,6 +154,39 @@ class _Fusing:
         self.matrices[node] = takes[0].matrix
         return region(node, value, kind, by, nodes, self.taken, exact or self._exact(node))
 
+    def _agree(self, found: dict[fx.Node, Any]) -> None:
+        """Leaves an extremum as it is where what compares messages with it is not fused, and the other way round.
+
+        Which neighbour was the largest is known only where both compute its message alike, to the last bit.
+        """
+        left = None
+        while left != len(found):
+            left = len(found)
+            for node, made in list(found.items()):
+                steps = {step.op for step in made.program.steps} if isinstance(made, Region) else set()
+                if steps <= {"eq", "ne"}:
+                    continue  # messages are read, not computed
+                alike = self._compared_with(node) <= found.keys()
+                if steps & {"eq", "ne"}:
+                    sums = {m for m in map(original, made.operands) if m in found or reduction_of(m) is not None}
+                    alike &= bool(sums) and sums <= found.keys()  # what else they may equal is computed elsewhere
+                if not alike:
+                    del found[node]
+                    self.fused.append(Fused(node.name, (), _nbytes(node), "compared with what is not fused"))
+
+    def _compared_with(self, node: fx.Node) -> set[fx.Node]:
+        """The comparisons of rows of edges with an extremum; none for other nodes."""
+        todo, found = [node] if node.target is aten.scatter_reduce.two else [], set()
+        seen = set(todo)
+        while todo:
+            for user in set(todo.pop().users) - seen:
+                seen.add(user)
+                if user in self.made_of_rows and user.target in EQUALITIES:
+                    found.add(user)
+                elif user in self.made_of_rows or user.target in COPIES:
+                    todo.append(user)
+        return found
+
     def _pack(self, masks: Collection[fx.Node], found: dict[fx.Node, Any]) -> None:
         """Has masks that nothing but regions reads written and read as bits."""
         regions = [made for made in found.values() if isinstance(made, Region)]
@@ -172,12 +210,10 @@ class _Fusing:
 
     def taken(self, node: fx.Node) -> bool:
         """Whether a node is made of taken rows by what a program can do."""
-        if node not in self.known:
-            self.known[node] = is_tensor(node) and (
-                (take_of(node) is not None and node.meta["val"].is_floating_point())
-                or (is_computable(node) and any(self.taken(n) for n in node.all_input_nodes))
-            )
-        return self.known[node]
+        return node in self.made_of_rows
+
+    def _reads_rows(self, node: fx.Node) -> bool:
+        return not self.made_of_rows.isdisjoint(node.all_input_nodes)
 
     def _exact(self, end: fx.Node) -> Callable[[fx.Node], bool]:
         """Whether a comparison that backward needs is one of forward's values."""
@@ -273,6 +309,7 @@ class _Fusing:
                 return part
             if kind == "sum" and reduction is None:  # over all edges: over those of each node, then over nodes
                 part = call(graph, aten.sum.dim_IntList, part, [0], like=end)
+                part.meta[PARTIAL] = True
                 return call(graph, aten.view.default, part, list(value.shape), like=end)
             if value.dim() == 2 and _torch.known_true(value.shape[1] == part.meta["val"].shape[1]):
                 return part
@@ -314,15 +351,13 @@ class _Fusing:
         return list(self.grouped[key])
 
 
-def _body(made: Region) -> fx.Graph:
-    """What a region computes as a graph: its first inputs are the operands, its output is the end.
+def _takes_floats(node: fx.Node) -> bool:
+    return node.meta["val"].is_floating_point() and take_of(node) is not None
 
-    Of a sum over all edges, the output is what is summed up.
-    """
-    over_all = made.program.outputs[0].kind == "sum" and reduction_of(made.end) is None
-    last = made.end.args[0] if over_all else made.end
-    assert isinstance(last, fx.Node)
-    nodes = sorted({*made.inside, last})
+
+def _body(made: Region) -> fx.Graph:
+    """What a region computes as a graph: its first inputs are the operands, its output is the end."""
+    nodes = sorted({*made.inside, made.end})
     inputs = [n for node in nodes for n in node.all_input_nodes if n not in nodes]
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -333,7 +368,7 @@ def _body(made: Region) -> fx.Graph:
     for node in nodes:
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[last])
+    graph.output(copies[made.end])
     return graph
 
 

@@ -102,10 +102,12 @@ class Builder:
     operands: list[Operand] = field(default_factory=list)
     nodes_read: list[fx.Node] = field(default_factory=list)
     indices: list[Index] = field(default_factory=list)
+    rows: list[object] = field(default_factory=list)  # of the matrices that each of `indices` takes rows of
     steps: list[Step] = field(default_factory=list)
     inside: list[fx.Node] = field(default_factory=list)
     masks: list[fx.Node] = field(default_factory=list)
     known: dict[tuple[fx.Node, Axes], str | float] = field(default_factory=dict)
+    dtypes: set[torch.dtype] = field(default_factory=set)
 
     def value(self, node: fx.Node, axes: Axes) -> str | float:
         """The argument that stands for a node of (edges, ...), whose dimensions go along `axes`."""
@@ -118,9 +120,7 @@ class Builder:
         number = _constant(node)
         if number is not None:
             return number
-        dtype = node.meta["val"].dtype
-        if dtype not in (*FLOATS, torch.bool):
-            raise Unfit(f"{dtype} is not handled")
+        dtype = self._dtype(node)
         take = take_of(node)
         if take is not None:
             self.inside.append(node)
@@ -168,29 +168,42 @@ class Builder:
         number = _constant(argument)
         if number is not None:
             return number
-        if argument.meta["val"].dtype not in (*FLOATS, torch.bool):
-            raise Unfit(f"{argument.meta['val'].dtype} is not handled")
         return self._operand("all", -1, argument, own)
 
     def _take(self, take: Take, axes: Axes) -> str:
         rows = take.matrix.meta["val"].shape[0]
         if take.index == self.by and _torch.known_true(rows == self.nodes):
             return self._operand("take", -1, take.matrix, axes)
-        if take.index not in self.indices:
+        known = zip(self.indices, self.rows, strict=True)  # a negative index counts from the end of its matrix
+        i = next((i for i, (n, r) in enumerate(known) if n == take.index and _torch.known_true(r == rows)), None)
+        if i is None:
+            i = len(self.indices)
             self.indices.append(take.index)
-        return self._operand("take", self.indices.index(take.index), take.matrix, axes)
+            self.rows.append(rows)
+        return self._operand("take", i, take.matrix, axes)
 
     def _operand(self, where: str, index: int, node: fx.Node, axes: Axes) -> str:
-        value = node.meta["val"]
-        if value.dtype not in (*FLOATS, torch.bool):
-            raise Unfit(f"{value.dtype} is not handled")
-        operand = Operand(where, index, _join(*axes), str(value.dtype)[6:])
+        operand = Operand(where, index, _join(*axes), str(self._dtype(node))[6:])
         for i, (known, other) in enumerate(zip(self.operands, self.nodes_read, strict=True)):
             if known == operand and other is node:
                 return f"o{i}"
         self.operands.append(operand)
         self.nodes_read.append(node)
         return f"o{len(self.operands) - 1}"
+
+    def _dtype(self, node: fx.Node) -> torch.dtype:
+        """The dtype of a node that a program reads or computes.
+
+        A program computes in float32, or all in float64: where both meet, what was rounded between would not be, and a
+        maximum would differ from the message that it is.
+        """
+        dtype = node.meta["val"].dtype
+        if dtype not in (*FLOATS, torch.bool):
+            raise Unfit(f"{dtype} is not handled")
+        self.dtypes |= {dtype} - {torch.bool}
+        if torch.float64 in self.dtypes and len(self.dtypes) > 1:
+            raise Unfit("float64 beside other floats")
+        return dtype  # type: ignore[no-any-return]
 
     def _level(self, argument: str | float) -> str:
         if not isinstance(argument, str):
@@ -241,6 +254,8 @@ def region(
         Unfit: it can't be written as a program.
     """
     sizes = value.meta["val"].shape[1:]
+    if end.meta["val"].dtype not in (*FLOATS, torch.bool):
+        raise Unfit(f"{end.meta['val'].dtype} is not handled")
     if not all(isinstance(size, int) for size in sizes):
         raise Unfit("the number of columns is symbolic")
     if 0 in sizes:

@@ -1,13 +1,12 @@
 """What drawn models are made of: blocks that map node features [nodes, WIDTH] to the same shape.
 
 A block's forward takes `(x, g)`, where `g` is the `Graph`: edges, edge features, kinds of edges, and the graph of each
-node. Each is small, and stands for code that people write.
+node. Each is small, and stands for code that people write. Messages that are drawn op by op are in `messages`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric import nn as gnn
 from torch_geometric.utils import degree, scatter, softmax
 
+from tests.explore.messages import EDGE, GRAPHS, KINDS, WIDTH, Graph
 from tests.fidelity.stacks import LAYERS
-
-WIDTH, EDGE, KINDS, GRAPHS = 16, 5, 3, 4
-
-
-class Graph(NamedTuple):
-    """edges [2, E], features of edges [E, EDGE], kinds of edges [E] below KINDS, the graph of each node [N], sorted."""
-
-    edges: Tensor
-    features: Tensor
-    kinds: Tensor
-    batch: Tensor
 
 
 class Conv(nn.Module):
@@ -134,7 +123,7 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda x: F.normalize(x, dim=-1), "clamp": lambda x: x.clamp(-1, 1),
     "atan2": lambda x: torch.atan2(x, 1 + x.square()), "hypot": lambda x: (x.square() + 1).sqrt(),
     "where": lambda x: torch.where(x > 0.2, x, x.square()), "squared relu": lambda x: F.relu(x).square(),
-    "inplace": lambda x: x.clone().mul_(0.5).add_(x).relu_(), "bf16 round trip": lambda x: x.bfloat16().float(),
+    "inplace": lambda x: x.clone().mul_(0.5).add_(x).relu_(), "bf16 round trip": lambda x: x.bfloat16().to(x.dtype),
 }  # fmt: skip
 
 
@@ -291,7 +280,7 @@ class Combined(nn.Module):
 
 def _autocast(a: nn.Module, x: Tensor, g: Graph) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
-        return a(x, g).float()
+        return a(x, g).to(x.dtype)
 
 
 COMBINED: dict[str, tuple[int, Callable[..., Tensor]]] = {

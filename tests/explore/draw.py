@@ -10,47 +10,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.explore.blocks import (
-    COMBINED,
-    CONVS,
-    EDGE,
-    GRAPHS,
-    KINDS,
-    LEAVES,
-    NORMS,
-    OPS,
-    POINTWISE,
-    WIDTH,
-    Combined,
-    Graph,
-)
+from tests.explore.blocks import COMBINED, CONVS, LEAVES, NORMS, OPS, POINTWISE, Combined
+from tests.explore.messages import EDGE, GRAPHS, KINDS, WIDTH, Graph, Message, Messages, draw_message
 
 GRAPH_KINDS = ("random", "no edges", "hub", "duplicates", "isolated", "self-loops", "one node")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A leaf by its name, or a combination of other blocks. `seed` draws its weights, whatever stands beside it."""
+    """A leaf by its name, a message, or a combination of other blocks. `seed` draws its weights, whatever stands by."""
 
     name: str
     seed: int
     inside: tuple[Block, ...] = ()
+    message: Message | None = None
 
     def __str__(self) -> str:
+        if self.message is not None:
+            return str(self.message)
         return f"{self.name}({', '.join(map(str, self.inside))})" if self.inside else self.name
 
     def make(self) -> nn.Module:
         if self.inside:
             return Combined(COMBINED[self.name][1], [block.make() for block in self.inside])
         torch.manual_seed(self.seed)
-        module = LEAVES[self.name]()
+        module = LEAVES[self.name]() if self.message is None else Messages(self.message)
         for parameter in module.parameters():
             if parameter.dim() == 1 < parameter.numel():  # biases of zero and norm weights of one hide errors
                 nn.init.normal_(parameter, mean=0.5, std=0.5)
         return module
 
     def smaller(self) -> Iterator[Block]:
-        """What is left with one block less."""
+        """What is left with one block less, or a smaller message."""
+        if self.message is not None:
+            yield from (replace(self, message=less) for less in self.message.smaller())
         yield from self.inside
         for i, block in enumerate(self.inside):
             for less in block.smaller():
@@ -72,6 +65,8 @@ class Case:
         way: "compress", "backend" (`torch.compile(model, backend=...)`) or "function".
         dynamic: as in `torch.compile`.
         changing: whether a batch of other sizes runs first.
+        dtype: of the model and of its features: "float32", "float64" or "bfloat16".
+        kernels: whether fused message passing runs compiled, which takes seconds, or by its reference.
         options: fields of `Config`.
     """
 
@@ -89,10 +84,12 @@ class Case:
     dynamic: bool | None
     changing: bool
     options: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    kernels: bool = True
 
     @property
     def rounds(self) -> bool:
-        return self.options.get("bits", 2) is not None
+        return self.options.get("bits", 2) is not None and self.dtype != "float64"
 
     @property
     def random(self) -> bool:
@@ -110,7 +107,14 @@ class Case:
         for i, block in enumerate(self.blocks):
             for less in block.smaller():
                 yield replace(self, blocks=(*self.blocks[:i], less, *self.blocks[i + 1 :]))
-        plain = {"head": "nodes", "frozen": False, "input_gradient": False, "way": "compress", "dynamic": False}
+        plain = {
+            "dtype": "float32",
+            "head": "nodes",
+            "frozen": False,
+            "input_gradient": False,
+            "way": "compress",
+            "dynamic": False,
+        }
         for name, value in {**plain, "changing": False, "graph": "random", "loss": "squares", "training": True}.items():
             if getattr(self, name) != value:
                 yield replace(self, **{name: value})
@@ -141,6 +145,7 @@ def draw(seed: int, inner: str = "aot_eager") -> Case:
             )  # fmt: skip
         )
     options |= r.choice(({}, {}, {"replay": 0}, {"replay": 1.0}, {"rebuild": False, "replay": 0}))
+    options |= r.choices(({}, {"fuse": False}), (9, 1))[0]
     return Case(
         seed=seed,
         blocks=tuple(_block(r) for _ in range(r.choices((1, 2, 3, 4), (4, 4, 2, 1))[0])),
@@ -156,6 +161,8 @@ def draw(seed: int, inner: str = "aot_eager") -> Case:
         dynamic=r.choices((None, False, True), (4, 1, 1))[0],
         changing=r.random() < 0.2,
         options=options,
+        dtype=r.choices(("float32", "float64", "bfloat16"), (12, 7, 1))[0],
+        kernels=r.random() < 0.25,
     )
 
 
@@ -163,7 +170,9 @@ def _block(r: random.Random, depth: int = 0) -> Block:
     if r.random() < (0.35, 0.25, 0.0)[depth]:
         name = r.choice(list(COMBINED))
         return Block(name, 0, tuple(_block(r, depth + 1) for _ in range(COMBINED[name][0])))
-    leaves = r.choices((CONVS, NORMS, POINTWISE, OPS), (4, 2, 2, 3))[0]
+    leaves = r.choices((CONVS, NORMS, POINTWISE, OPS, None), (4, 2, 2, 3, 6))[0]
+    if leaves is None:
+        return Block("message", r.randrange(2**31), message=draw_message(r))
     return Block(r.choice(list(leaves)), r.randrange(2**31))
 
 
@@ -179,15 +188,15 @@ class Model(nn.Module):
         if case.frozen:
             for parameter in list(self.parameters())[::3]:
                 parameter.requires_grad_(False)
-        self.train(case.training)
+        self.train(case.training).to(getattr(torch, case.dtype))
 
-    def forward(self, x: Tensor, edges: Tensor, features: Tensor, kinds: Tensor, batch: Tensor) -> Any:
-        g = Graph(edges, features, kinds, batch)
+    def forward(self, x: Tensor, *graph: Tensor) -> Any:
+        g = Graph(*graph)
         hidden = x = self.encoder(x)
         for block in self.blocks:
             x = block(x, g)
         if self.kind == "graphs":
-            x = x.new_zeros(GRAPHS, WIDTH).index_add(0, batch, x)
+            x = x.new_zeros(GRAPHS, WIDTH).index_add(0, g.batch, x)
         return (self.head(x), hidden) if self.kind == "both" else self.head(x)
 
 
@@ -205,12 +214,14 @@ def batch(case: Case, again: int = 0) -> tuple[Tensor, ...]:
         edges = edges % max(nodes // 2, 1)
     if case.graph == "self-loops":
         edges[1, ::3] = edges[0, ::3]
+    dtype = getattr(torch, case.dtype)
     return (
-        torch.randn(nodes, WIDTH, generator=generator),
+        torch.randn(nodes, WIDTH, generator=generator).to(dtype),
         edges,
-        torch.rand(count, EDGE, generator=generator),
+        torch.rand(count, EDGE, generator=generator).to(dtype),
         torch.randint(0, KINDS, (count,), generator=generator),
         torch.arange(nodes) * GRAPHS // max(nodes, 1),
+        torch.randint(0, nodes, (2, count // 2), generator=generator, dtype=torch.int32),
     )
 
 

@@ -1,9 +1,9 @@
 """Runs a case, compares it with eager, and says what is wrong.
 
 Compared are: that it compiles where plain `torch.compile` does; outputs, buffers, and, where nothing is rounded,
-gradients, up to a multiple of what float32 itself is off from float64; that gradients are finite where eager's are; the
-bytes that autograd really holds with those of the report; and for a share of the cases the mean of many roundings with
-the claims of the plan, as `actcompile.check` does.
+gradients, up to a multiple of what float32 itself is off from float64, and in float64 to a millionth of that; that
+gradients are finite where eager's are; the bytes that autograd really holds with those of the report; and for a share
+of the cases the mean of many roundings with the claims of the plan, as `actcompile.check` does.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,11 +25,13 @@ from actcompile.backend import compile_plain
 from actcompile.checking.check import examine
 from actcompile.checking.draws import Task
 from actcompile.kernels.blocks.random_bits import rounding_seeded
+from actcompile.kernels.edges import ops as edges_ops
 from bench.measure import saved_bytes
 from tests.explore.draw import Case, Model, batch, loss
 
 TOLERATED = 0.02  # of a gradient that matters; one matters with a twentieth of all gradients together
 CONFIRMING = 80  # roundings for a second look, in which chance would have to strike again
+FINER = 1e-6  # what float64 may be off, of what float32 may; its numbers are finer by 5e8
 Gradients = dict[str, Tensor]
 
 
@@ -54,7 +58,7 @@ class Run:
 def judge(case: Case, means: bool = False) -> Outcome:
     """Runs a case. `means` also tests the mean of many roundings."""
     torch._dynamo.reset()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _kernels(case.kernels):
         warnings.simplefilter("ignore")
         try:
             model, inputs = Model(case), batch(case)
@@ -73,6 +77,15 @@ def judge(case: Case, means: bool = False) -> Outcome:
         if found.kind == "right" and means and case.rounds and not case.changing:
             found = _means(case, model, inputs)
         return found
+
+
+@contextmanager
+def _kernels(compiled: bool) -> Iterator[None]:
+    """Has fused message passing run compiled, or by its reference."""
+    edges_ops._kernels.clear()
+    with nullcontext() if compiled else mock.patch.object(edges_ops, "compile_source", lambda *_: None):
+        yield
+    edges_ops._kernels.clear()
 
 
 def run(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., Any] | None = None) -> Run:
@@ -145,11 +158,12 @@ def _compare(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], eager: Ru
 
 
 def _difference(case: Case, reference: Run, ours: Run, off: dict[str, float]) -> Outcome:
+    finer = FINER if case.dtype == "float64" else 1.0
     for i, (a, b) in enumerate(zip(reference.outputs, ours.outputs, strict=True)):
-        if _relative(a, b) > 1e-3 + 30 * off.get(f"output {i}", 0.0):
+        if _relative(a, b) > 1e-3 * finer + 30 * off.get(f"output {i}", 0.0):
             return Outcome("outputs", f"output {i} is off by {_relative(a, b):.2g}")
     for name, a in reference.buffers.items():
-        if name not in ours.buffers or _relative(a, ours.buffers[name]) > 1e-3:
+        if name not in ours.buffers or _relative(a, ours.buffers[name]) > (0.1 if case.dtype == "bfloat16" else 1e-3):
             return Outcome("buffers", name)
     if reference.gradients.keys() != ours.gradients.keys():
         return Outcome("which gradients", str(sorted(reference.gradients.keys() ^ ours.gradients.keys())))
@@ -161,20 +175,23 @@ def _difference(case: Case, reference: Run, ours: Run, off: dict[str, float]) ->
         if a.isfinite().all() and not b.isfinite().all():
             return Outcome("not finite", name)
         if not case.rounds:
-            error, allowed = _norm(a, b), 1e-4 * float(a.double().norm()) + 1e-5 * everything
+            error, allowed = _norm(a, b), finer * (1e-4 * float(a.double().norm()) + 1e-5 * everything)
             allowed += 30 * off.get(name, 0.0)
             if error > allowed:
-                return Outcome(
-                    "gradients", f"{name} is off by {error:.2g}, of {float(a.norm()):.2g} ({allowed:.2g} are float32's)"
-                )
+                figures = f"{error:.2g}, of {float(a.norm()):.2g} ({allowed:.2g} are {case.dtype}'s)"
+                return Outcome("gradients", f"{name} is off by {figures}")
     return Outcome("right")
 
 
 def _largest_error(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], eager: Run) -> dict[str, float]:
-    """How far eager float32 is from float64: for each gradient in its norm, for each output relative."""
+    """How far eager is from float64: for each gradient in its norm, for each output relative.
+
+    Of float64 itself that is guessed from float32.
+    """
+    other, finer = (torch.float32, FINER) if case.dtype == "float64" else (torch.float64, 1.0)
     try:
-        double = [t.double() if t.is_floating_point() else t for t in inputs]
-        exact = run(case, copy.deepcopy(model).double(), tuple(double))
+        given = [t.to(other) if t.is_floating_point() else t for t in inputs]
+        exact = run(case, copy.deepcopy(model).to(other), tuple(given))
     except Exception:
         return {}
     if case.random:
@@ -182,7 +199,7 @@ def _largest_error(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], eag
     off = {n: _norm(eager.gradients[n], g) for n, g in exact.gradients.items() if n in eager.gradients}
     for i, (a, b) in enumerate(zip(exact.outputs, eager.outputs, strict=True)):
         off[f"output {i}"] = _relative(a, b)
-    return {name: error for name, error in off.items() if math.isfinite(error)}
+    return {name: finer * error for name, error in off.items() if math.isfinite(error)}
 
 
 def _is_compiled(node: torch.autograd.graph.Node) -> bool:

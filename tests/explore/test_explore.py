@@ -19,6 +19,8 @@ from actcompile.passes.graph.split import Split, call
 from tests.explore.blocks import COMBINED, LEAVES
 from tests.explore.draw import Block, Case, Model, batch, draw
 from tests.explore.judge import judge, run, shrink
+from tests.explore.messages import BINARY, EDGES, REDUCE, UNARY, Expression, Message
+from tests.explore.messages import LEAVES as LEAVES_OF_MESSAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Case(
@@ -53,6 +55,18 @@ def test_a_case_is_a_function_of_its_seed() -> None:
 def test_every_block_and_every_graph_is_drawn() -> None:
     text = "\n".join(str(draw(seed)) for seed in range(3000))
     assert all(name in text for name in (*LEAVES, *COMBINED, "'hub'", "'no edges'", "'one node'", "'function'"))
+    assert all(f"over {name}," in text for name in EDGES) and all(f"{name}[" in text for name in REDUCE)
+    assert all(name in text for name in (*LEAVES_OF_MESSAGES, *UNARY, *BINARY, "'float64'", "'bfloat16'"))
+
+
+def test_every_message_runs_in_eager_and_is_shrunk() -> None:
+    for name in REDUCE:
+        pair = Expression("mul", (Expression("source"), Expression("edge")))
+        message = Message(Expression("sin", (pair,)), "edges", name, 2)
+        case = replace(PLAIN, blocks=(Block("message", 5, message=message),), dtype="float64")
+        found = run(case, Model(case), batch(case))
+        assert found.outputs[0].isfinite().all() and found.gradients["encoder.weight"].dtype is torch.float64, name
+        assert replace(message, expression=pair) in list(message.smaller())
 
 
 def test_every_block_runs_in_eager_and_has_gradients() -> None:

@@ -309,3 +309,18 @@ def test_a_program_is_read_as_it_was_written():
         (Output("max", "v1", "hc", "float32"),),
     )
     assert parse(program.dump()) == program
+
+
+def test_a_mask_beside_float64_is_computed_with_in_float64():
+    """As dropout scales it: in float32, 1 / 0.7 would be off by 4e-8."""
+    steps = Step("float", ("o1",), "c"), Step("mul", ("v0", 1 / 0.7), "c"), Step("mul", ("o0", "v1"), "c")
+    operands = Operand("take", 0, "c", "float64"), Operand("edge", -1, "c", "bool")
+    program = Program(operands, steps, (Output("sum", "v2", "c", "float64"),))
+    x, mask, by = torch.randn(5, 3, dtype=torch.float64), torch.rand(20, 3) < 0.7, torch.randint(5, (20,))
+    other = torch.randint(5, (20,))
+    expected = x.new_zeros(5, 3).index_add(0, by, x[other] * mask / 0.7)
+    for sums in (
+        run_reference(program, [x, mask], by, [other], 5, 1, 3),
+        run(program, [x, mask], by, [other], 5, 1, 3),
+    ):
+        torch.testing.assert_close(sums[0], expected, rtol=1e-12, atol=1e-12)

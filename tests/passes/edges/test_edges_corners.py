@@ -1,0 +1,106 @@
+"""Fused message passing where dtypes mix, indices count from the end, and ops are many: right, or left as it is."""
+
+import pytest
+import torch
+
+from tests.helpers import EXACT, step
+
+N, E, WIDTH = 13, 40, 4
+
+
+def sum_of(message, edge_index, nodes=N):
+    return message.new_zeros(nodes, *message.shape[1:]).index_add(0, edge_index[1], message)
+
+
+def largest_of(message, edge_index):
+    index = edge_index[1].view(-1, 1).expand_as(message)
+    return message.new_zeros(N, WIDTH).scatter_reduce(0, index, message, "amax", include_self=False)
+
+
+def rounded_to_float32(x, y, edge_index):
+    return largest_of((x[edge_index[0]] / 3).float() * 0.7, edge_index)
+
+
+def float32_in_between(x, y, edge_index):
+    return largest_of((x[edge_index[0]] / 3).float().double() * y[edge_index[1]], edge_index)
+
+
+def doubled_from_float32(x, y, edge_index):
+    return sum_of((x.float()[edge_index[0]] * 0.1).double() * y[edge_index[0]], edge_index)
+
+
+def extremum_of_own(name, included, start):
+    """An extremum that is not fused, of messages that C++ computes in another way than torch."""
+
+    def function(x, y, edge_index):
+        message = (x[edge_index[0]] * 0.7).exp().tanh() * y[edge_index[1]]
+        index = edge_index[1].view(-1, 1).expand_as(message)
+        return message.new_full((N, WIDTH), start).scatter_reduce(0, index, message, name, include_self=included)
+
+    return function
+
+
+def how_many_are_larger(x, y, edge_index):
+    larger = (x[edge_index[0]] > y[edge_index[1]]).sum(-1, keepdim=True)
+    return sum_of(x[edge_index[0]].sin() * larger, edge_index)
+
+
+def how_many_edges_are_larger(x, y, edge_index):
+    return x * (x[edge_index[0]] > y[edge_index[1]]).sum(0)
+
+
+def from_the_end(x, y, edge_index):
+    back = edge_index[0] - y.shape[0]
+    return sum_of(torch.cat([x, x.sin()])[back] * y[back].tanh(), edge_index)
+
+
+def of_many_ops(x, y, edge_index):
+    message = x[edge_index[0]]
+    for _ in range(300):
+        message = message + 0.001 * message.sin()
+    return sum_of(message, edge_index)
+
+
+def of_many_ops_on_nodes(x, y, edge_index):
+    for _ in range(450):
+        x = x + 0.001 * y
+    return x.sum(-1)
+
+
+EXTREMA = [("amax", True, -0.1), ("amin", True, 0.1), ("amax", False, 0.1), ("amin", False, 0.0), ("amax", False, 0.0)]
+
+
+@pytest.mark.parametrize("name, included, start", EXTREMA)
+def test_an_extremum_meets_its_messages_whoever_computes_them(name, included, start):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    function = extremum_of_own(name, included, start)
+    x, y = (torch.randn(N, WIDTH, requires_grad=True) for _ in range(2))
+    inputs = x, y, torch.randint(N, (2, E))
+    ours = step(torch.compile(function, backend="actcompile", options=EXACT), inputs, (x, y))
+    torch.testing.assert_close(ours, step(function, inputs, (x, y)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        rounded_to_float32,
+        float32_in_between,
+        doubled_from_float32,
+        how_many_are_larger,
+        how_many_edges_are_larger,
+        from_the_end,
+        of_many_ops,
+        of_many_ops_on_nodes,
+    ],
+)
+def test_gradients_are_those_of_eager(function):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    x, y = (torch.randn(N, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    inputs = x, y, torch.randint(N, (2, E))
+    ours = step(torch.compile(function, backend="actcompile", options=EXACT), inputs, (x, y))
+    for a, b in zip(ours, step(function, inputs, (x, y)), strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
