@@ -35,8 +35,10 @@ from actcompile.passes.spare.narrow import narrow
 from actcompile.passes.spare.rebuild import rebuild
 from actcompile.passes.spare.replay import replay
 from actcompile.passes.spare.views import views
+from actcompile.passes.write.accumulate import accumulate
 from actcompile.passes.write.late import late
 from actcompile.passes.write.rewrite import rewrite
+from actcompile.passes.write.tile import tile
 from actcompile.passes.write.verify import verify
 
 from .config import Config, parse_budget
@@ -87,10 +89,14 @@ def partition(
         chosen = chosen.rounding_only(only)
     reached = reach(split)
     rewrite(split, chosen)
-    late(split)
     split.hand_on(split.symbols(saved_by_torch).values())
     split.finish()
     verify(split, chosen, outputs, gradients)
+    tile(split.backward.graph)
+    late(split)
+    for module in (split.forward, split.backward):
+        accumulate(module.graph)
+        module.recompile()
 
     report = record(
         split, chosen, saved_by_torch, saved_fused, fused, spared, reached, memory_by_torch, config, situation

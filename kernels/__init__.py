@@ -13,6 +13,8 @@ from .blocks.quantize import dequantize, quantize
 from .blocks.random_bits import draw_seed
 from .edges.ops import aggregate, edges, group_edges
 from .edges.spmm import pointer_to, rows_of, spmm, spmm_extremum, spmm_transposed
+from .rows.products import products, products_
+from .rows.tiles import row_sums
 
 __all__ = [
     "aggregate",
@@ -31,6 +33,8 @@ __all__ = [
     "narrow",
     "pack_bits",
     "pointer_to",
+    "products",
+    "products_",
     "projection_nbytes",
     "prune",
     "prune_nbytes",
@@ -42,6 +46,7 @@ __all__ = [
     "restore_low_rank",
     "restore_pruned",
     "restore_rows",
+    "row_sums",
     "rows_of",
     "sample_rows",
     "sample_rows_nbytes",

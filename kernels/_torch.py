@@ -1,6 +1,10 @@
 """The private names of torch that the kernels need, each with the reason (torch 2.11 to 2.14)."""
 
 import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
 
 
 def load_cpp(source: str) -> ctypes.CDLL:
@@ -17,3 +21,24 @@ def load_cpp(source: str) -> ctypes.CDLL:
     library = CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
     assert isinstance(library, ctypes.CDLL)
     return library
+
+
+@lru_cache
+def _torchs_own() -> ctypes.CDLL | None:
+    """The library of torch's CPU ops, and through it those that it uses."""
+    files = sorted(Path(torch.__path__[0], "lib").glob("*torch_cpu.*"))
+    return ctypes.CDLL(str(files[0])) if files else None
+
+
+def work_alone() -> None:
+    """Has torch's ops use no other threads on the thread that calls.
+
+    `torch.set_num_threads` is of the whole process. Both numbers are those that OpenMP and MKL keep for each thread;
+    where torch uses neither, its ops go on to share their work: slower, and nothing else.
+    """
+    torch.get_num_threads()  # torch sets a thread's number of threads at its first use
+    for function in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"):
+        try:
+            getattr(_torchs_own(), function)(1)
+        except AttributeError:
+            continue

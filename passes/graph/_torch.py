@@ -62,6 +62,9 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 # The fake mode of a graph's values, needed to compute the fake values of inserted nodes.
 # Beside it, what tells that Dynamo is at work on this thread, and a condition on a compiled graph.
 from torch._guards import CompileContext, Guard, detect_fake_mode
+
+# An op that writes into an argument as a function: Inductor writes in place where that is safe, and copies elsewhere.
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.compile_fx import compile_fx, partition_fn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -141,6 +144,7 @@ __all__ = [
     "bound_sympy",
     "bound",
     "boxed_nop",
+    "call_functional",
     "compile_fx",
     "compile_in_place",
     "compiling",
@@ -257,6 +261,13 @@ def dispatch_in_traces(*functions: Any) -> None:
 def must_recompute(node: torch.fx.Node) -> None:
     """Has min-cut compute a node again in backward."""
     node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.MUST_RECOMPUTE, 0
+
+
+def call_functional(graph: torch.fx.Graph, op: Any, **arguments: Any) -> torch.fx.Node:
+    """Inserts a call of an op that writes into its first argument; returns None and the new value of that argument."""
+    node = graph.call_function(auto_functionalized, (op,), arguments)
+    node.meta["val"] = (None, next(iter(arguments.values())).meta["val"])
+    return node
 
 
 def saved_descriptor(position: int) -> Any:

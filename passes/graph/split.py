@@ -265,6 +265,17 @@ def root(node: fx.Node) -> fx.Node:
     return node
 
 
+def reached_from(node: fx.Node) -> set[fx.Node]:
+    """All that depends on a node."""
+    found, todo = set(), list(node.users)
+    while todo:
+        user = todo.pop()
+        if user not in found:
+            found.add(user)
+            todo += user.users
+    return found
+
+
 def first_use(placeholder: fx.Node, users: Iterable[fx.Node] | None = None) -> fx.Node:
     """Moves views of a saved value down to the first op that reads it, and returns the first of these nodes.
 

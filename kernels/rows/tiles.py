@@ -1,0 +1,159 @@
+"""`row_sums`: sums over rows of what is computed from rows, tile by tile: what is summed never exists as a whole.
+
+A weight's gradient is such a sum, `x^T g`, and so is a bias's. Where `x` has to be made first, decoded, normalised and
+masked, it is as large as all nodes' features, and dead a moment later. A tile of it stays in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .threads import in_threads
+
+Arg = Any
+"""A constant; or a dict: {"operand": i}, {"step": i}, {"rows": null}, the rows of a tile, or {"dtype": name}."""
+
+
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One op on a tile: its name in torch.ops and its arguments."""
+
+    op: str
+    args: list[Arg]
+    kwargs: dict[str, Arg]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One result: `left^T right`, or the sum of `left` over rows where there is no `right`."""
+
+    left: Arg
+    right: Arg | None
+    size: list[int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """What is done for each tile.
+
+    rows: of a tile; the last one has fewer.
+    operands: for each, how a tile of it is taken: None, it is read as a whole; (1, 1), its rows are those of the tile;
+        (columns, group), it holds `group` elements in a row, of a tensor with so many columns.
+    """
+
+    rows: int
+    operands: list[tuple[int, int] | None]
+    steps: list[Step]
+    sums: list[Sum]
+
+    def dump(self) -> str:
+        return json.dumps(self, default=vars)
+
+
+@lru_cache
+def parse(text: str) -> Tiled:
+    """The inverse of `Tiled.dump`."""
+    made = json.loads(text)
+    steps, sums = [Step(**s) for s in made["steps"]], [Sum(**s) for s in made["sums"]]
+    return Tiled(made["rows"], [o and tuple(o) for o in made["operands"]], steps, sums)
+
+
+@lru_cache
+def _op(name: str) -> Any:
+    if name == "aten.where.self":
+        return _where
+    return reduce(getattr, name.split("."), torch.ops)
+
+
+@torch.library.custom_op("actcompile::row_sums", mutates_args=())
+def row_sums(program: str, rows: int, operands: Sequence[Tensor]) -> list[Tensor]:
+    """Runs a program over tiles of rows.
+
+    Args:
+        program: as `Tiled.dump` writes it.
+        rows: how many there are.
+        operands: what the program reads.
+
+    Returns:
+        the program's sums. They are added up in float32 at least.
+    """
+    tiled = parse(program)
+    parts = in_threads(rows, tiled.rows, lambda tiles: _run(tiled, rows, operands, tiles))
+    return [sum(p).to(getattr(torch, s.dtype)) for s, *p in zip(tiled.sums, *parts, strict=True)]
+
+
+def _run(tiled: Tiled, rows: int, operands: Sequence[Tensor], tiles: range) -> list[Tensor]:
+    """The sums over some tiles, which start at these rows."""
+    sums = [torch.zeros(s.size, dtype=_wide(getattr(torch, s.dtype))) for s in tiled.sums]
+    made: list[Any] = [None] * len(tiled.steps)  # of the last tile, too: what is freed is not given back at once
+    for first in tiles:
+        number = min(tiled.rows, rows - first)
+        taken = zip(operands, tiled.operands, strict=True)
+        parts = [operand if how is None else _tile(operand, first, number, *how) for operand, how in taken]
+        for i, step in enumerate(tiled.steps):
+            args, kwargs = (_value(a, parts, made, number) for a in (step.args, step.kwargs))
+            made[i] = _op(step.op)(*args, **kwargs)
+        for result, total in zip(tiled.sums, sums, strict=True):
+            _add(total, *(_value(a, parts, made, number) for a in (result.left, result.right)))
+    return sums
+
+
+@row_sums.register_fake
+def _(program, rows, operands):
+    return [operands[0].new_empty(s.size, dtype=getattr(torch, s.dtype)) for s in parse(program).sums]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def _tile(operand: Tensor, first: int, rows: int, columns: int, group: int) -> Tensor:
+    return operand[first * columns // group : -(-(first + rows) * columns // group)]
+
+
+def _value(arg: Arg, operands: Sequence[Tensor], made: Sequence[Any], rows: int) -> Any:
+    match arg:
+        case {"operand": i}:
+            return operands[i]
+        case {"step": i}:
+            return made[i]
+        case {"rows": None}:
+            return rows
+        case {"dtype": name}:
+            return getattr(torch, name)
+        case dict():
+            return {k: _value(v, operands, made, rows) for k, v in arg.items()}
+        case list():
+            return [_value(a, operands, made, rows) for a in arg]
+    return arg
+
+
+def _where(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """`torch.where`, which on the CPU takes a branch for each element: many times as long, where masks are random."""
+    if x.dtype != y.dtype or x.dtype not in INTEGERS:
+        return torch.where(mask, x, y)
+    one, other = (v.contiguous().view(INTEGERS[x.dtype]) for v in (x, y))
+    result = torch.bitwise_xor(one, other)
+    result &= mask.to(result.dtype).neg_()
+    result ^= other
+    return result.view(x.dtype)
+
+
+def _add(total: Tensor, left: Tensor, right: Tensor | None) -> None:
+    if right is None:
+        total += left.sum(0, dtype=total.dtype).view(total.shape)
+    elif total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total += left.t() @ right
