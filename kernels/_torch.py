@@ -2,6 +2,8 @@
 
 import ctypes
 
+import torch
+
 
 def load_cpp(source: str) -> ctypes.CDLL:
     """Compiles C++ with the flags that Inductor found for this machine, and loads it; kept on disk by its text.
@@ -17,3 +19,8 @@ def load_cpp(source: str) -> ctypes.CDLL:
     library = CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
     assert isinstance(library, ctypes.CDLL)
     return library
+
+
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Has a CUDA device stop with an error where a condition is false, without waiting, as torch's indexing does."""
+    torch._assert_async(condition, message)
