@@ -89,7 +89,7 @@ def compare(program, exact, kind, index, sizes, special, seed, wait=True):
         if output.dtype in ("bool", "bits") or (to_the_bit and not special and not summed and a.dtype.itemsize > 2):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
             continue
-        rtol = 1e-12 if double else 2e-2 if output.dtype == "bfloat16" else 2e-5
+        rtol = 1e-12 if double else {"bfloat16": 2e-2, "float16": 2e-3}.get(output.dtype, 2e-5)
         size = b.double().abs()
         if summed:
             size = run_reference(magnitudes(program, i), operands, by, others, nodes, *sizes)[0]
@@ -97,7 +97,7 @@ def compare(program, exact, kind, index, sizes, special, seed, wait=True):
         assert ((a - b).abs() <= rtol * (1 + size)).all(), (kind, output)
 
 
-@pytest.mark.parametrize("floats", [("float64",), ("float32", "bfloat16")], ids=["double", "single"])
+@pytest.mark.parametrize("floats", [("float64",), ("float32", "bfloat16", "float16")], ids=["double", "single"])
 @settings(max_examples=4, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_random_programs(floats, drawn):

@@ -9,7 +9,6 @@ from actcompile.kernels.edges.program import COMPARING, OPS, Operand, Output, Pr
 from bench import sass
 
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
-ARCHITECTURES = (80, 90)
 
 
 def take(level, dtype="float32"):
@@ -55,9 +54,10 @@ PROGRAMS = {  # -> program, heads, columns, most registers
 }
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("pieces", [False, True])
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    ("name", "pieces", "arch"),
+    [*((name, False, 90) for name in PROGRAMS), *((name, p, 80 + 10 * p) for name in ("sum", "bits") for p in (0, 1))],
+)
 def test_kernels(name, pieces, arch):
     program, heads, columns, registers = PROGRAMS[name]
     code = sass.edges_code(program.dump(), heads, columns, arch, pieces=pieces)
