@@ -37,7 +37,7 @@ def random_graph(nodes: int, count: int, device: str, hub: float = 0.0) -> Tenso
 
 
 def works(nodes: int) -> Iterator[Work]:
-    """Sums of neighbours, plain and weighted, maxima, attention's sum and the product that its gradient takes."""
+    """Sums of neighbours, plain and weighted, maxima, attention's sum, and the product that its gradient takes."""
 
     def by_target(x: Tensor, index: Tensor) -> Tensor:
         return index[1].view(-1, *(1,) * (x.dim() - 1)).expand_as(x)
@@ -90,9 +90,14 @@ def _run(kind: str, level: str, x: Tensor, index: Tensor, nodes: int, weight: Te
 
 
 def compared(
-    work: Work, x: Tensor, index: Tensor, weight: Tensor, milliseconds: Callable[[Callable[[], object]], float]
+    work: Work, given: tuple[Tensor, Tensor, Tensor], milliseconds: Callable[[Callable[[], object]], float]
 ) -> dict[str, Any]:
-    """Times of both, and errors against the same in float64, relative to the largest element."""
+    """Times of both, and errors against the same in float64, relative to the largest element.
+
+    Args:
+        given: rows of nodes, edge_index, and `HEADS` numbers for each edge.
+    """
+    x, index, weight = given
     compiled = torch.compile(work.plain)
     ours, theirs = work.fused(x, index, weight), compiled(x, index, weight)
     exact = work.plain(x.double(), index, weight.double())

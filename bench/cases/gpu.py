@@ -153,7 +153,7 @@ def _messages(state: Run) -> None:
         for work in works(nodes):
 
             def compare(work: Work = work, named: Row = named, given: Any = (x, index, weight)) -> None:
-                state.record("messages", op=work.name, **named, **compared(work, *given, milliseconds))
+                state.record("messages", op=work.name, **named, **compared(work, given, milliseconds))
 
             state.attempt(compare, "messages", ENOUGH["kernels"], op=work.name, **named)
 

@@ -195,10 +195,10 @@ def _run(
 def kernel_for(device: torch.device, text: str) -> Run | None:
     """What runs a program on a device; None where that is the reference."""
     if device.type == "cuda":
-        edges_of_cuda = cuda.forms().edges
-        return edges_of_cuda and partial(edges_of_cuda, text)
+        run = cuda.forms().edges
+        return None if run is None else partial(run, text)
     library = compiled(text) if device.type == "cpu" else None
-    return library and partial(_run_cpp, library)
+    return None if library is None else partial(_run_cpp, library)
 
 
 def _run_cpp(

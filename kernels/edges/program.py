@@ -70,6 +70,12 @@ class Program:
     def dump(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 
+    @property
+    def is_double(self) -> bool:
+        """Whether it is computed in float64, as it is where an operand or a result is of that; else in float32."""
+        ends: tuple[Operand | Output, ...] = (*self.operands, *self.outputs)
+        return any(part.dtype == "float64" for part in ends)
+
     def level_of(self, argument: str | float) -> str:
         """The axes of an argument of a step, or of an output's value."""
         if not isinstance(argument, str):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from .program import COMPARING, OPS, REDUCTIONS, Operand, Output, Program, parse
+from .program import COMPARING, OPS, REDUCTIONS, Program, parse
 
 START = {"sum": "0.0", "max": "-INF", "min": "INF"}
 FOLD = {"sum": "{0} + {1}", "max": "larger({0}, {1})", "min": "smaller({0}, {1})"}
@@ -57,8 +57,7 @@ class _Source:
         self.steps = sorted(int(name[1:]) for name in needed if name[0] == "v")
         reading = [program.operands[i] for i in self.operands]
         self.indices = sorted({o.index for o in reading if o.where == "take" and o.index >= 0})
-        ends: tuple[Operand | Output, ...] = (*program.operands, *program.outputs)
-        self.type = "tl.float64" if any(part.dtype == "float64" for part in ends) else "tl.float32"
+        self.type = "tl.float64" if program.is_double else "tl.float32"
 
     def function(self) -> str:
         pointers = [f"o{i}" for i in self.operands] + [f"i{j}" for j in self.indices]

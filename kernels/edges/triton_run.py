@@ -138,7 +138,8 @@ def _run_output(
     run, numbers = kernel(text, i), (nodes, edges, SPLIT, nodes.bit_length())
 
     def launch(out: Tensor, items: int, tile: Tile, pieces: bool) -> None:
-        run[(triton.cdiv(items, tile.nodes), *blocks)](
+        grid = triton.cdiv(items, tile.nodes), *blocks
+        run[grid](
             *tensors, _bytes(out), sort.pointer, order, *numbers, PIECES=pieces, **sizes, **tile.constants,
             num_warps=tile.warps, **EXACT,
         )  # fmt: skip
@@ -152,10 +153,8 @@ def _run_output(
         if output.kind not in REDUCTIONS:
             launch(result, 2 * windows, alone, pieces=True)
             return
-        size, kind = width(output.level, heads, columns), torch.float32
-        if any(part.dtype == "float64" for part in (*program.operands, *program.outputs)):
-            kind = torch.float64
-        pieces = torch.empty(2 * windows, size, dtype=kind, device=result.device)
+        size, dtype = width(output.level, heads, columns), torch.float64 if program.is_double else torch.float32
+        pieces = torch.empty(2 * windows, size, dtype=dtype, device=result.device)
         launch(pieces, 2 * windows, alone, pieces=True)
         block = min(triton.next_power_of_2(size), WIDEST)
         triton_lanes.join_kernel[(windows, triton.cdiv(size, block))](
