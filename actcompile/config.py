@@ -107,7 +107,8 @@ class Config:
             model computes outside its submodules.
         when: floats are rounded where the compiled module is in "training" mode, as `model.training` has it, and stay
             exact in eval mode, for forces or saliency maps; "always" rounds them in eval mode, too, to train there.
-        fuse: message passing runs as ops that hold no tensor of [edges, features]; on the CPU.
+        fuse: message passing runs as ops that hold no tensor of [edges, features]; on CUDA all but sums of rows in
+            float32 and float64, for which Inductor holds none either.
         inner: the compiler of the rewritten graphs: "inductor", or "aot_eager", which runs them as they are.
 
     Raises:
