@@ -25,7 +25,8 @@ from .group import Grouping
 from .program import REDUCTIONS, Output, Program, packed, parse, width
 from .triton_generate import generate, reads
 
-SPLIT = 1024  # edges of a node that one program does alone
+SPLIT = 1024  # edges of a node that one program does alone; more where that makes more than `WINDOWS` pieces
+WINDOWS = 1 << 14
 ELEMENTS = 2048  # of a tile
 WIDEST = 256  # elements of a row in a tile, if it need not have all of a row
 MOST_LANES = 256
@@ -108,7 +109,7 @@ def run_triton(
 
 
 def _is_packed_at_once(output: Output, heads: int, columns: int) -> bool:
-    """Whether no byte of a row of bits is made of two heads."""
+    """Whether no byte of a row of bits is of two heads. Where one is, a row is bytes first, one for each bit."""
     return output.level == "c" or (output.level == "hc" and (columns % 8 == 0 or heads == 1))
 
 
@@ -135,7 +136,8 @@ def _run_output(
     sizes = {"ORDERED": sort.order is not None, "H": heads, "C": columns}
     blocks = triton.cdiv(heads, tile.heads) if "h" in output.level else 1
     blocks = blocks, triton.cdiv(columns, tile.columns) if "c" in output.level else 1
-    run, numbers = kernel(text, i), (nodes, edges, SPLIT, nodes.bit_length())
+    split = max(SPLIT, triton.next_power_of_2(edges // WINDOWS))
+    run, numbers = kernel(text, i), (nodes, edges, split, nodes.bit_length())
 
     def launch(out: Tensor, items: int, tile: Tile, pieces: bool) -> None:
         grid = triton.cdiv(items, tile.nodes), *blocks
@@ -146,9 +148,9 @@ def _run_output(
 
     with on_device(result):
         launch(result, nodes, tile, pieces=False)
-        if sort.longest is not None and sort.longest <= SPLIT or edges <= SPLIT:
+        if (edges if sort.longest is None else sort.longest) <= split:
             return
-        windows = triton.cdiv(edges, SPLIT)
+        windows = triton.cdiv(edges, split)
         alone = replace(tile, nodes=1, edges=tile.nodes * tile.edges)
         if output.kind not in REDUCTIONS:
             launch(result, 2 * windows, alone, pieces=True)
