@@ -115,7 +115,8 @@ class Config:
             fastest plan is taken, else the smallest. `measure` tells noise from a run; else it is roughly guessed.
         max_slowdown: at most so many times the seconds of a step that encodes nothing, such as 1.05.
         measured: noise by activation and format, as `measure` returns it.
-        fuse: message passing runs as ops that hold no tensor of [edges, features]; on the CPU.
+        fuse: message passing runs as ops that hold no tensor of [edges, features]; on CUDA all but sums of rows in
+            float32 and float64, for which Inductor holds none either.
         inner: the compiler of the rewritten graphs: "inductor", or "aot_eager", which runs them as they are.
 
     Raises:

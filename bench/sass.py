@@ -172,3 +172,58 @@ def bits_code(op: str, words: int, capability: int, partial: bool = False) -> Ma
         tile.groups * 32 * min(words, tile.width),
         capability,
     )
+
+
+def edges_code(
+    text: str, heads: int, columns: int, capability: int, degree: float = 7.0, pieces: bool = False
+) -> MachineCode:
+    """The code of the first output of a program over edges (`Program.dump`); `pieces`: of nodes with many edges.
+
+    It has a loop over edges: instructions are counted once for it, `elements` are those of one turn.
+    """
+    from dataclasses import replace
+
+    from actcompile.kernels.edges import triton_run as kernels
+    from actcompile.kernels.edges.program import REDUCTIONS, parse
+    from actcompile.kernels.edges.triton_generate import reads
+
+    program = parse(text)
+    output = program.outputs[0]
+    tile = kernels.tile_for(output, heads, columns, degree)
+    operands, indices = reads(text, 0)
+    kinds = {
+        "float64": "*fp64",
+        "float32": "*fp32",
+        "bfloat16": "*bf16",
+        "float16": "*fp16",
+        "bool": "*u8",
+        "bits": "*u8",
+    }
+    pointers = {f"o{i}": kinds[program.operands[i].dtype] for i in operands} | {f"i{j}": "*i32" for j in indices}
+    out = kinds["float32" if pieces and output.kind in REDUCTIONS else output.dtype]
+    if pieces:
+        tile = replace(tile, nodes=1, edges=tile.nodes * tile.edges)
+    return machine_code(
+        kernels.kernel(text, 0),
+        pointers | {"out": out, "pointer": "*i32", "order": "*i32"},
+        {"ORDERED": True, "PIECES": pieces, "H": heads, "C": columns, **tile.constants},
+        tile.warps,
+        tile.nodes * tile.edges * tile.heads * tile.columns,
+        capability,
+    )
+
+
+def join_code(kind: str, columns: int, capability: int) -> MachineCode:
+    """The code that makes rows of pieces."""
+    from actcompile.kernels.edges import triton_lanes, triton_run
+    from actcompile.kernels.edges.program import REDUCTIONS
+
+    block = min(columns, triton_run.WIDEST)
+    return machine_code(
+        triton_lanes.join_kernel,
+        {"pieces": "*fp32", "out": "*fp32", "pointer": "*i32"},
+        {"KIND": kind, "START": REDUCTIONS[kind], "WIDTH": columns, "BLOCK": block, "AT_ONCE": triton_run.AT_ONCE},
+        4,
+        block * triton_run.AT_ONCE,
+        capability,
+    )

@@ -42,3 +42,8 @@ def work_alone() -> None:
             getattr(_torchs_own(), function)(1)
         except AttributeError:
             continue
+
+
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Has a CUDA device stop with an error where a condition is false, without waiting, as torch's indexing does."""
+    torch._assert_async(condition, message)

@@ -5,7 +5,7 @@ not have it.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -38,12 +38,13 @@ class UnpackBits(Protocol):
 
 
 class Forms(NamedTuple):
-    """One implementation of each op."""
+    """One implementation of each op. `edges` runs programs over edges; None where their reference has to."""
 
     quantize: Quantize
     dequantize: Dequantize
     pack_bits: PackBits
     unpack_bits: UnpackBits
+    edges: Callable[..., None] | None
 
 
 @lru_cache
@@ -52,14 +53,16 @@ def forms() -> Forms:
     try:
         from .bits.triton_lossless import pack_bits_triton, unpack_bits_triton
         from .blocks.triton_quantize import dequantize_triton, quantize_triton
+        from .edges.triton_run import run_triton
     except ImportError as error:
         log.warning(
-            "Triton cannot be imported (%s): activations on CUDA are encoded by plain torch ops, several times slower "
-            "and with more temporary memory. `pip install triton` (`triton-windows` on Windows) brings the kernels.",
+            "Triton cannot be imported (%s): activations on CUDA are encoded, and fused message passing runs, by plain "
+            "torch ops, several times slower and with more temporary memory. `pip install triton` (`triton-windows` on "
+            "Windows) brings the kernels.",
             error,
         )
-        return Forms(quantize_in_runs, dequantize_in_runs, pack_bits_in_runs, unpack_bits_in_runs)
-    return Forms(quantize_triton, dequantize_triton, pack_bits_triton, unpack_bits_triton)
+        return Forms(quantize_in_runs, dequantize_in_runs, pack_bits_in_runs, unpack_bits_in_runs, None)
+    return Forms(quantize_triton, dequantize_triton, pack_bits_triton, unpack_bits_triton, run_triton)
 
 
 @quantize.register_kernel("cuda")

@@ -56,7 +56,9 @@ def leaves(value: Any) -> list[Tensor]:
 
 def loss(outputs: Any) -> Tensor:
     """A scalar whose gradient differs from element to element."""
-    return torch.stack([(t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in leaves(outputs)]).sum()
+    return torch.stack(
+        [(t * torch.linspace(-1, 1, t.numel(), device=t.device).view_as(t)).sum() for t in leaves(outputs)]
+    ).sum()
 
 
 def step(function: Callable[..., Any], inputs: Iterable[Any], parameters: Iterable[Tensor], seed: int = 0) -> list[Any]:

@@ -1,4 +1,5 @@
-"""What the compressor does on a GPU, in one short run: its tests, its kernels against a copy, and training steps.
+"""What the compressor does on a GPU, in one short run: its tests, its kernels against a copy, message passing against
+torch.compile's, and training steps.
 
 Every figure is written as soon as it is there, the most telling ones first; what no longer fits into the time is left
 out, and said to be. `--device cpu --tiny` tries the case itself.
@@ -24,16 +25,24 @@ from torch import Tensor
 from actcompile.kernels import BlockFormat
 from bench import _torch
 from bench.measure import peak_memory, relative_error, saved_bytes, seconds
+from bench.message_passing import HEADS, Work, compared, grouping_time, random_graph, works
 from bench.registry import Options, case
 from bench.results import write
 from bench.variants import VARIANTS
 from bench.zoo import Brought
 
-FIRST = ("eager", "inductor", "default")
+FIRST = ("eager", "inductor", "default", "fused-only")
 THEN = ("lossless", "4-bit", "no-replay", "budget-0.5", "checkpoint")
 MODELS = ("sage", "gat", "gcn")
-SECTIONS = ("tests", "kernels", "steps", "products", "others")
+SECTIONS = ("tests", "messages", "kernels", "steps", "products", "others")
 ENOUGH = {"tests": 120.0, "kernels": 30.0, "step": 60.0}  # seconds left, below which it is not begun
+TESTS = ("tests/kernels", "tests/passes/edges")
+MESSAGES = (  # a hub's share of the edges, dtype, columns
+    (0.0, torch.float32, 256),
+    (0.0, torch.bfloat16, 256),
+    (0.0, torch.float32, 40),
+    (0.25, torch.float32, 256),
+)
 Row = dict[str, Any]
 
 
@@ -90,12 +99,12 @@ def run(options: Options) -> Row:
     if device == "cuda" and not torch.cuda.is_available():
         return {"skipped": "no CUDA device here; --device cpu --tiny tries the case itself"}
     tiny = options.quick or options.size == "tiny"
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    state = Run(options, device, tiny, "gpu-" + re.sub("[^a-z0-9]+", "-", name.lower()))
-    sections = {"tests": _tests, "kernels": _kernels, "steps": _steps, "products": _products, "others": _others}
-    for section in SECTIONS:
-        if not options.sections or section in options.sections:
-            sections[section](state)
+    machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    state = Run(options, device, tiny, "gpu-" + re.sub("[^a-z0-9]+", "-", machine.lower()))
+    sections = (_tests, _messages, _kernels, _steps, _products, _others)
+    for name, section in zip(SECTIONS, sections, strict=True):
+        if not options.sections or name in options.sections:
+            section(state)
     options.console.print(f"{time.monotonic() - state.start:.0f} s of {options.budget:.0f}", style="dim")
     return state.content() | {"file": state.file}
 
@@ -108,7 +117,7 @@ def _tests(state: Run) -> None:
             state.record("tests", skipped="pytest or hypothesis is not installed")
             return
         limit = min(240.0, state.left() - 60)
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *TESTS]
         try:
             ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired as late:
@@ -127,6 +136,31 @@ def _milliseconds(run: Callable[[], object], device: str, runs: int = 15) -> flo
     for _ in range(2):
         run()
     return 1e3 * statistics.median(seconds(run, device) for _ in range(runs))
+
+
+def _messages(state: Run) -> None:
+    """arxiv's shape, also with a quarter of the edges at one node."""
+    nodes, count = (500, 4_000) if state.tiny else (169_343, 1_166_243)
+
+    def milliseconds(run: Callable[[], object]) -> float:
+        return _milliseconds(run, state.device, state.runs(15))
+
+    for hub, dtype, width in MESSAGES[: 1 if state.tiny else None]:
+        index = random_graph(nodes, count, state.device, hub)
+        x = torch.randn(nodes, width, device=state.device, dtype=dtype)
+        weight = torch.rand(count, HEADS, device=state.device, dtype=dtype)
+        named = {"hub": hub, "dtype": str(dtype)[6:], "width": width}
+        for work in works(nodes):
+
+            def compare(work: Work = work, named: Row = named, given: Any = (x, index, weight)) -> None:
+                state.record("messages", op=work.name, **named, **compared(work, given, milliseconds))
+
+            state.attempt(compare, "messages", ENOUGH["kernels"], op=work.name, **named)
+
+        def group(index: Tensor = index, hub: float = hub) -> None:
+            state.record("messages", op="grouping", hub=hub, fused_ms=grouping_time(index, nodes, milliseconds))
+
+        state.attempt(group, "messages", ENOUGH["kernels"], op="grouping", hub=hub)
 
 
 def _kernels(state: Run) -> None:

@@ -94,7 +94,7 @@ class _Source:
     def __init__(self, program: Program) -> None:
         self.program = program
         ends: tuple[Operand | Output, ...] = (*program.operands, *program.outputs)
-        self.double = any(part.dtype == "float64" for part in ends)
+        self.double = program.is_double
         self.levels = {part.level for part in (*ends, *program.steps)}
         self.has_heads = any("h" in level for level in self.levels)
         self.folded = [i for i, o in enumerate(program.outputs) if o.kind in REDUCTIONS]

@@ -1,5 +1,7 @@
 """The grouping of a graph's edges by a node: made once, shared by all layers and both directions, and remembered.
 
+On the CPU a counting sort in C++, elsewhere, or where there is no compiler, a stable sort by torch.
+
 It is remembered for the tensor of the edges, by identity and version, and dies with it. Never by address: the allocator
 gives the next mini-batch the same one.
 """
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
 from .._cpp import I32, I64, P, library
 
 FUNCTIONS = {"group": ((P, I32, I64, I64, P, P), I64), "arrange": ((P, I32, P, I64, I64, P), I64)}
@@ -27,10 +30,12 @@ class Grouping:
 
     pointer: int32, (nodes + 1,): the edges of node `i` are the places `pointer[i]` to `pointer[i + 1]`.
     order: int32, (edges,): the edge at each place; None where the edges are in order as they are.
+    longest: the number of edges of the node that has most; None where it is not known.
     """
 
     pointer: Tensor
     order: Tensor | None
+    longest: int | None = None
     arranged: dict[tuple[int, int, int], tuple[weakref.ref[Tensor], int, Tensor]] = field(default_factory=dict)
 
     @property
@@ -45,12 +50,15 @@ class Grouping:
         if found is not None and found[0]() is edges and found[1] == _version(edges):
             return found[2]
         index = row_of(edges, row)
-        out = torch.empty(index.shape[0], dtype=torch.int32)
-        code = _cpp().arrange(
-            index.data_ptr(), index.dtype == torch.int64, _address(self.order), index.shape[0], nodes, out.data_ptr()
-        )
-        if code < 0:
-            raise IndexError(f"an index of edges is out of range: it must be smaller than {nodes}, the number of nodes")
+        if _is_counted(index):
+            out = torch.empty(index.shape[0], dtype=torch.int32)
+            wide = index.dtype == torch.int64
+            code = _cpp().arrange(index.data_ptr(), wide, _address(self.order), index.shape[0], nodes, out.data_ptr())
+            _check(code >= 0, nodes)
+        else:
+            index = _from_start(index, nodes)
+            out = (index if self.order is None else index.index_select(0, self.order)).int()
+            _check_all((index >= 0) & (index < nodes), nodes, wait=remember)
         if remember and not edges.is_inference():  # it has no version that tells of changes
             for other in [k for k, (ref, _, _) in list(self.arranged.items()) if ref() is None]:
                 self.arranged.pop(other, None)
@@ -62,20 +70,38 @@ _remembered: dict[int, tuple[weakref.ref[Tensor], int, dict[tuple[int, int], Gro
 _lock = threading.Lock()
 
 
-def group(edges: Tensor, row: int, nodes: int) -> Grouping:
+def group(edges: Tensor, row: int, nodes: int, wait: bool = True) -> Grouping:
     """Groups edges by the node that row `row` of `edges` names: all of it, with -1. Nothing is remembered.
 
+    Args:
+        wait: on CUDA, whether to wait for the device, and learn whether the edges are in order and how many a node has.
+
     Raises:
-        IndexError: a node is out of range.
+        IndexError: a node is out of range. On CUDA without `wait` the device finds that, as in torch's own indexing.
     """
     index = row_of(edges, row)
+    if not _is_counted(index):
+        return _group_by_sorting(_from_start(index, nodes), nodes, wait)
     count = index.shape[0]
     pointer, order = torch.empty(nodes + 1, dtype=torch.int32), torch.empty(count, dtype=torch.int32)
     wide = index.dtype == torch.int64
     code = _cpp().group(index.data_ptr(), wide, count, nodes, pointer.data_ptr(), order.data_ptr())
-    if code < 0:
-        raise IndexError(f"an index of edges is out of range: it must be smaller than {nodes}, the number of nodes")
+    _check(code >= 0, nodes)
     return Grouping(pointer, None if code == 1 else order)
+
+
+def _group_by_sorting(index: Tensor, nodes: int, wait: bool) -> Grouping:
+    """`group` in torch ops."""
+    inside = (index >= 0) & (index < nodes)
+    key, order = torch.sort(index.int(), stable=True)
+    pointer = torch.searchsorted(key, torch.arange(nodes + 1, dtype=torch.int32, device=key.device), out_int32=True)
+    _check_all(inside, nodes, wait)
+    order = order.int()
+    if not wait:
+        return Grouping(pointer, order)
+    sorted_, longest = (index[1:] >= index[:-1]).all(), pointer.diff(prepend=pointer[:1]).max()
+    in_order, most = torch.stack([sorted_.int(), longest]).tolist()  # last: other streams may read what is remembered
+    return Grouping(pointer, None if in_order else order, most)
 
 
 def grouping(edges: Tensor, row: int, nodes: int) -> Grouping:
@@ -112,6 +138,29 @@ def _version(tensor: Tensor) -> int:
 def row_of(edges: Tensor, row: int) -> Tensor:
     """The index that row `row` of a tensor of edges is, all of it with -1."""
     return (edges if row < 0 else edges[row]).contiguous()
+
+
+def _from_start(index: Tensor, nodes: int) -> Tensor:
+    """An index whose negative elements count from the end, in the form that has none."""
+    return torch.where(index < 0, index + nodes, index)
+
+
+def _check(fine: bool, nodes: int) -> None:
+    if not fine:
+        raise IndexError(f"an index of edges is out of range: it must be smaller than {nodes}, the number of nodes")
+
+
+def _check_all(inside: Tensor, nodes: int, wait: bool) -> None:
+    """Has the device check, or waits for it to have done so."""
+    if wait or not inside.is_cuda:
+        _check(bool(inside.all()), nodes)
+    else:
+        _torch.assert_on_device(inside.all(), "an index of edges is out of range")
+
+
+def _is_counted(index: Tensor) -> bool:
+    """Whether an index is grouped by a counting sort in C++, not by torch ops."""
+    return index.device.type == "cpu" and has_compiler()
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
 
 import torch
 from torch import Tensor
 
+from .. import cuda
 from .._cpp import I32, I64, P, compile_source
 from .generate import generate
-from .group import MOST, Grouping, group, grouping, has_compiler, row_of
+from .group import MOST, Grouping, group, grouping, row_of
 from .program import REDUCTIONS, Operand, Output, Program, Step, dtype_of, parse, row_size, run_reference
 
 RUN = {"run": (P, P, P, P, P, I64, I64, I64, I32)}
@@ -22,9 +23,12 @@ _compilers = ThreadPoolExecutor(2, "actcompile-compile")
 _kernels: dict[str, Future[ctypes.CDLL | None]] = {}
 _lock = Lock()
 ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
+# A CUDA graph that is replayed calls nothing in Python: it would read the grouping of the edges that it was made with.
+REMEMBERING = (torch.Tag.cudagraph_unsafe,)
+Run = Callable[[Grouping, list[Tensor], list[Tensor], list[Tensor], int, int, int, int], None]
 
 
-@torch.library.custom_op("actcompile::edges", mutates_args=())
+@torch.library.custom_op("actcompile::edges", mutates_args=(), tags=REMEMBERING)
 def edges(
     program: str,
     by: Tensor,
@@ -70,7 +74,7 @@ def _(program, by, by_row, nodes, heads, columns, indices, rows, operands, group
     ]
 
 
-@torch.library.custom_op("actcompile::aggregate", mutates_args=())
+@torch.library.custom_op("actcompile::aggregate", mutates_args=(), tags=REMEMBERING)
 def aggregate(
     matrix: Tensor,
     weight: Tensor | None,
@@ -118,13 +122,10 @@ def group_edges(by: Tensor, by_row: int, nodes: int) -> tuple[Tensor, Tensor]:
         pointer, int32, (nodes + 1,), and order, int32, (edges,), as in `Grouping`.
     """
     index = row_of(by, by_row)
-    if index.device.type == "cpu" and has_compiler():
-        sort = group(index, -1, nodes)
-        return sort.pointer, torch.arange(index.shape[0], dtype=torch.int32) if sort.order is None else sort.order
-    index = torch.where(index < 0, index + nodes, index)
-    order = torch.argsort(index, stable=True)
-    edge = torch.arange(nodes + 1, dtype=index.dtype, device=index.device)
-    return torch.searchsorted(index[order], edge, out_int32=True), order.int()
+    sort = group(index, -1, nodes, wait=False)
+    if sort.order is None:
+        return sort.pointer, torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
+    return sort.pointer, sort.order
 
 
 @group_edges.register_fake
@@ -134,11 +135,19 @@ def _(by, by_row, nodes):
 
 def compiled(text: str) -> ctypes.CDLL | None:
     """The library of a program's kernel; None where it can't be compiled."""
-    return prepare(text).result()
+    return _begun(text).result()
 
 
-def prepare(text: str) -> Future[ctypes.CDLL | None]:
-    """Begins to compile a program's kernel, beside what else goes on, unless that has begun already."""
+def prepare(text: str, device: torch.device) -> None:
+    """Begins to compile a program's kernel, beside what else goes on, unless that has begun already.
+
+    On CUDA, Triton compiles it when it is launched first.
+    """
+    if device.type == "cpu":
+        _begun(text)
+
+
+def _begun(text: str) -> Future[ctypes.CDLL | None]:
     with _lock:
         if text not in _kernels:
             _kernels[text] = _compilers.submit(lambda: compile_source(generate(text), RUN))
@@ -160,8 +169,8 @@ def _run(
 ) -> list[Tensor]:
     operands = [o.contiguous() for o in operands]
     count = by.shape[-1]
-    kernel = compiled(text) if by.device.type == "cpu" and max(count, nodes) < MOST else None
-    if kernel is None:
+    run = kernel_for(by.device, text) if max(count, nodes) < MOST else None
+    if run is None:
         others = [row_of(*pair) for pair in zip(indices, rows, strict=True)]
         return run_reference(program, operands, row_of(by, by_row), others, nodes, heads, columns)
     remember = not grouped and not by.is_inference()
@@ -175,15 +184,39 @@ def _run(
             nodes if output.kind in REDUCTIONS else count,
             row_size(output, heads, columns),
             dtype=dtype_of(output),
+            device=by.device,
         )
         for output in program.outputs
     ]
+    run(sort, others, operands, results, nodes, count, heads, columns)
+    return results
+
+
+def kernel_for(device: torch.device, text: str) -> Run | None:
+    """What runs a program on a device; None where that is the reference."""
+    if device.type == "cuda":
+        run = cuda.forms().edges
+        return None if run is None else partial(run, text)
+    library = compiled(text) if device.type == "cpu" else None
+    return None if library is None else partial(_run_cpp, library)
+
+
+def _run_cpp(
+    library: ctypes.CDLL,
+    sort: Grouping,
+    others: list[Tensor],
+    operands: list[Tensor],
+    results: list[Tensor],
+    nodes: int,
+    count: int,
+    heads: int,
+    columns: int,
+) -> None:
     threads = 1 if (count + nodes) * heads * columns < ALONE else torch.get_num_threads()
-    kernel.run(
+    library.run(
         _addresses(operands), _addresses(results), sort.pointer.data_ptr(), _order(sort), _addresses(others),
         nodes, heads, columns, threads,
     )  # fmt: skip
-    return results
 
 
 def _taken(program: Program, index: int, operands: Sequence[Tensor]) -> int:

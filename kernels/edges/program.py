@@ -70,6 +70,12 @@ class Program:
     def dump(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 
+    @property
+    def is_double(self) -> bool:
+        """Whether it is computed in float64, as it is where an operand or a result is of that; else in float32."""
+        ends: tuple[Operand | Output, ...] = (*self.operands, *self.outputs)
+        return any(part.dtype == "float64" for part in ends)
+
     def level_of(self, argument: str | float) -> str:
         """The axes of an argument of a step, or of an output's value."""
         if not isinstance(argument, str):
@@ -104,41 +110,42 @@ def dtype_of(part: Operand | Output) -> torch.dtype:
     return torch.uint8 if part.dtype == "bits" else getattr(torch, part.dtype)  # type: ignore[no-any-return]
 
 
-OPS = {  # name -> C++, with T the type that is computed in; and the same in torch
-    "add": ("({0} + {1})", torch.add),
-    "sub": ("({0} - {1})", torch.sub),
-    "mul": ("({0} * {1})", torch.mul),
-    "div": ("({0} / {1})", torch.div),
-    "neg": ("(-{0})", torch.neg),
-    "abs": ("std::abs({0})", torch.abs),
-    "exp": ("exp_({0})", torch.exp),
-    "log": ("std::log({0})", torch.log),
-    "log1p": ("std::log1p({0})", torch.log1p),
-    "expm1": ("std::expm1({0})", torch.expm1),
-    "sqrt": ("std::sqrt({0})", torch.sqrt),
-    "rsqrt": ("(T(1) / std::sqrt({0}))", torch.rsqrt),
-    "reciprocal": ("(T(1) / {0})", torch.reciprocal),
-    "sin": ("std::sin({0})", torch.sin),
-    "cos": ("std::cos({0})", torch.cos),
-    "erf": ("std::erf({0})", torch.erf),
-    "pow": ("std::pow(T({0}), T({1}))", torch.pow),
-    "sigmoid": ("(T(1) / (T(1) + exp_(-{0})))", torch.sigmoid),
-    "tanh": ("tanh_({0})", torch.tanh),
-    "relu": ("({0} < T(0) ? T(0) : {0})", torch.relu),
-    "maximum": ("larger({0}, {1})", torch.maximum),
-    "minimum": ("smaller({0}, {1})", torch.minimum),
-    "where": ("({0} ? {1} : {2})", torch.where),
-    "gt": ("({0} > {1})", torch.gt),
-    "ge": ("({0} >= {1})", torch.ge),
-    "lt": ("({0} < {1})", torch.lt),
-    "le": ("({0} <= {1})", torch.le),
-    "eq": ("({0} == {1})", torch.eq),
-    "ne": ("({0} != {1})", torch.ne),
-    "and": ("({0} && {1})", torch.logical_and),
-    "or": ("({0} || {1})", torch.logical_or),
-    "not": ("(!{0})", torch.logical_not),
-    "bfloat16": ("rounded({0})", lambda x: x.bfloat16().to(x.dtype)),
-    "float": ("T({0})", torch.Tensor.to),  # the dtype that is computed in
+OPS = {  # name -> C++, with T the type that is computed in; the same in torch; the same in Triton
+    "add": ("({0} + {1})", torch.add, "({0} + {1})"),
+    "sub": ("({0} - {1})", torch.sub, "({0} - {1})"),
+    "mul": ("({0} * {1})", torch.mul, "({0} * {1})"),
+    "div": ("({0} / {1})", torch.div, "quotient({0}, {1})"),
+    "neg": ("(-{0})", torch.neg, "(-{0})"),
+    "abs": ("std::abs({0})", torch.abs, "tl.abs({0})"),
+    "exp": ("exp_({0})", torch.exp, "libdevice.exp({0})"),
+    "log": ("std::log({0})", torch.log, "libdevice.log({0})"),
+    "log1p": ("std::log1p({0})", torch.log1p, "libdevice.log1p({0})"),
+    "expm1": ("std::expm1({0})", torch.expm1, "libdevice.expm1({0})"),
+    "sqrt": ("std::sqrt({0})", torch.sqrt, "root({0})"),
+    "rsqrt": ("(T(1) / std::sqrt({0}))", torch.rsqrt, "quotient(1.0, root({0}))"),
+    "reciprocal": ("(T(1) / {0})", torch.reciprocal, "quotient(1.0, {0})"),
+    "sin": ("std::sin({0})", torch.sin, "libdevice.sin({0})"),
+    "cos": ("std::cos({0})", torch.cos, "libdevice.cos({0})"),
+    "erf": ("std::erf({0})", torch.erf, "libdevice.erf({0})"),
+    "pow": ("std::pow(T({0}), T({1}))", torch.pow, "libdevice.pow({0}, {1})"),
+    "sigmoid": ("(T(1) / (T(1) + exp_(-{0})))", torch.sigmoid, "quotient(1.0, 1.0 + libdevice.exp(-{0}))"),
+    "tanh": ("tanh_({0})", torch.tanh, "libdevice.tanh({0})"),
+    "relu": ("({0} < T(0) ? T(0) : {0})", torch.relu, "tl.where({0} < 0.0, 0.0, {0})"),
+    "maximum": ("larger({0}, {1})", torch.maximum, "larger({0}, {1})"),
+    "minimum": ("smaller({0}, {1})", torch.minimum, "smaller({0}, {1})"),
+    "where": ("({0} ? {1} : {2})", torch.where, "tl.where({0}, {1}, {2})"),
+    "gt": ("({0} > {1})", torch.gt, "({0} > {1})"),
+    "ge": ("({0} >= {1})", torch.ge, "({0} >= {1})"),
+    "lt": ("({0} < {1})", torch.lt, "({0} < {1})"),
+    "le": ("({0} <= {1})", torch.le, "({0} <= {1})"),
+    "eq": ("({0} == {1})", torch.eq, "({0} == {1})"),
+    "ne": ("({0} != {1})", torch.ne, "({0} != {1})"),
+    "and": ("({0} && {1})", torch.logical_and, "({0} & {1})"),
+    "or": ("({0} || {1})", torch.logical_or, "({0} | {1})"),
+    "not": ("(!{0})", torch.logical_not, "({0} == 0)"),
+    "bfloat16": ("rounded({0})", lambda x: x.bfloat16().to(x.dtype), "rounded({0}, tl.bfloat16)"),
+    "float16": ("", lambda x: x.half().to(x.dtype), "rounded({0}, tl.float16)"),  # on CUDA only
+    "float": ("T({0})", torch.Tensor.to, "{0}"),  # the dtype that is computed in
 }
 COMPARING = frozenset(("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not"))
 
@@ -167,9 +174,7 @@ def run_reference(
         (nodes, width) or (edges, width) for each output.
     """
     edges = by.shape[0]
-    parts: tuple[Operand | Output, ...] = (*program.operands, *program.outputs)
-    double = any(part.dtype == "float64" for part in parts)
-    real = torch.float64 if double else torch.float32  # what is computed in
+    real = torch.float64 if program.is_double else torch.float32  # what is computed in
     values: dict[str, Tensor] = {}
     for i, (operand, tensor) in enumerate(zip(program.operands, operands, strict=True)):
         if operand.dtype == "bits":
@@ -204,11 +209,11 @@ def run_reference(
                 index = by.long().view(-1, 1, 1).expand_as(value)
                 value = start.scatter_reduce(0, index, value, f"a{output.kind}", include_self=False)
         value = value.reshape(value.shape[0], width(output.level, heads, columns))
-        results.append(_packed(value) if output.dtype == "bits" else value.to(dtype_of(output)))
+        results.append(packed(value) if output.dtype == "bits" else value.to(dtype_of(output)))
     return results
 
 
-def _packed(mask: Tensor) -> Tensor:
+def packed(mask: Tensor) -> Tensor:
     """Rows of bools as bytes, eight in each."""
     rows = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).view(
         mask.shape[0], -(-mask.shape[1] // 8), 8
@@ -217,6 +222,6 @@ def _packed(mask: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Tensor, size: int) -> Tensor:
-    """The inverse of `_packed`, for rows of `size` bools."""
+    """The inverse of `packed`, for rows of `size` bools."""
     bits = packed.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
     return bits.flatten(1)[:, :size].bool()

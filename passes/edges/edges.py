@@ -8,6 +8,9 @@ region computes it again.
 
 A comparison of forward's values in backward (which neighbour was the largest, where a ReLU was at work) is taken in
 forward, where the values are exact, and handed on as a mask.
+
+On CUDA, sums of taken rows in float32 and float64 are left to Inductor, which adds each edge's row to its node's by
+atomics, and holds no messages for it either.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from actcompile.kernels.edges.ops import aggregation, prepare
 from ..graph import _torch
 from ..graph.bodies import BODY, PARTIAL
 from ..graph.split import Split, call, inherit_origin, is_tensor, writes
-from .regions import FLOATS, Region, Unfit, is_computable, region
+from .regions import Region, Unfit, is_computable, is_float, region
 from .takes import COPIES, Index, Reduction, Take, original, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
@@ -49,7 +52,7 @@ class Fused:
 
 
 def edges(joint: fx.Graph, num_fwd_outputs: int, parameters: Collection[str]) -> list[Fused]:
-    """Fuses the message passing of a joint graph on CPU, in place.
+    """Fuses the message passing of a joint graph, on the CPU and on CUDA, in place.
 
     Args:
         num_fwd_outputs: number of the graph's outputs that forward returns.
@@ -87,7 +90,7 @@ class _Fusing:
         found: dict[fx.Node, Region | tuple[Take, fx.Node | None, Reduction]] = {}
         masks: set[fx.Node] = set()
         for node in self.graph.nodes:
-            if not is_tensor(node) or node.meta["val"].device.type != "cpu":
+            if not is_tensor(node) or node.meta["val"].device.type not in ("cpu", "cuda"):
                 continue
             try:
                 made = self._written(node)
@@ -128,7 +131,7 @@ class _Fusing:
                 return None  # degrees and the like
             linear = self._linear(reduction)
             if linear is not None:
-                return *linear, reduction
+                return None if _adds_atomically(node) else (*linear, reduction)
             nodes = node.meta["val"].shape[0]
             return region(node, reduction.value, reduction.kind, reduction.index, nodes, self.taken, self._exact(node))
         match node:
@@ -252,12 +255,12 @@ class _Fusing:
                 return None
         if take is None or value.meta["val"].dtype != take.matrix.meta["val"].dtype:
             return None
-        if any(n.meta["val"].dtype not in FLOATS for n in (take.matrix, *((weight,) if weight is not None else ()))):
+        if not is_float(take.matrix) or (weight is not None and not is_float(weight)):
             return None
         sizes = zip(take.matrix.meta["val"].shape[1:], value.meta["val"].shape[1:], strict=False)
         dims = take.matrix.meta["val"].dim(), value.meta["val"].dim()
         fits = dims[0] == dims[1] and all(_torch.known_true(a == b) for a, b in sizes)
-        return (take, weight) if fits and take.matrix.meta["val"].is_floating_point() else None
+        return (take, weight) if fits else None
 
     def _is_weight(self, factor: fx.Node, row: fx.Node) -> bool:
         """Whether a factor is one number for each edge that is held anyway: no attention, which is computed again."""
@@ -278,7 +281,7 @@ class _Fusing:
             grouped = self._grouped(reduction.index, nodes, node)
             matrix, other = self._now(take.matrix), take.index
             dtypes = (str(n.meta["val"].dtype)[6:] if n else None for n in (matrix, weight))
-            prepare(aggregation(*dtypes))  # type: ignore[arg-type]
+            prepare(aggregation(*dtypes), matrix.meta["val"].device)  # type: ignore[arg-type]
             return call(
                 self.graph, ops.aggregate.default, matrix, weight and self._now(weight), other.tensor, other.row, by,
                 row, nodes, grouped, like=node,
@@ -294,7 +297,7 @@ class _Fusing:
         kind = made.program.outputs[0].kind
         reduction = reduction_of(end)
         program = made.program.dump()
-        prepare(program)  # while the rest is compiled
+        prepare(program, end.meta["val"].device)  # while the rest is compiled
         with graph.inserting_before(end):
             nodes = self._nodes(reduction) if reduction is not None else self._rows(end)
             result = call(
@@ -353,6 +356,14 @@ class _Fusing:
 
 def _takes_floats(node: fx.Node) -> bool:
     return node.meta["val"].is_floating_point() and take_of(node) is not None
+
+
+def _adds_atomically(node: fx.Node) -> bool:
+    """Whether Inductor makes one loop of a sum by node and of what is summed up."""
+    value = node.meta["val"]
+    if value.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return False
+    return value.dtype in (torch.float32, torch.float64)
 
 
 def _body(made: Region) -> fx.Graph:

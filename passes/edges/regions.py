@@ -41,7 +41,7 @@ POINTWISE = {
 }  # fmt: skip
 SHAPES = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
 KEEPING = ("neg", "abs", "relu", "maximum", "minimum", "where")  # of 16-bit numbers they make others
-FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16)  # on any device
 
 Axes = tuple[str, ...]
 """Which axes of a row each dimension of a value but the first goes along: "h", "c", both ("hc"), or none ("")."""
@@ -145,8 +145,8 @@ class Builder:
                 raise Unfit("a number computed of numbers")
             level = _join(*(self._level(a) for a in arguments))
             self.steps.append(Step(op, arguments, level))
-            if dtype is torch.bfloat16 and op not in KEEPING:  # as torch does: a maximum is compared with its messages
-                self.steps.append(Step("bfloat16", (f"v{len(self.steps) - 1}",), level))
+            if dtype.itemsize == 2 and op not in KEEPING:  # as torch does: a maximum is compared with its messages
+                self.steps.append(Step(str(dtype)[6:], (f"v{len(self.steps) - 1}",), level))
             result = f"v{len(self.steps) - 1}"
         self.inside.append(node)
         return result
@@ -183,6 +183,8 @@ class Builder:
         return self._operand("take", i, take.matrix, axes)
 
     def _operand(self, where: str, index: int, node: fx.Node, axes: Axes) -> str:
+        if node.meta["val"].device != self.by.tensor.meta["val"].device:
+            raise Unfit("a number on another device")
         operand = Operand(where, index, _join(*axes), str(self._dtype(node))[6:])
         for i, (known, other) in enumerate(zip(self.operands, self.nodes_read, strict=True)):
             if known == operand and other is node:
@@ -198,7 +200,7 @@ class Builder:
         maximum would differ from the message that it is.
         """
         dtype = node.meta["val"].dtype
-        if dtype not in (*FLOATS, torch.bool):
+        if not _is_handled(node):
             raise Unfit(f"{dtype} is not handled")
         self.dtypes |= {dtype} - {torch.bool}
         if torch.float64 in self.dtypes and len(self.dtypes) > 1:
@@ -254,7 +256,7 @@ def region(
         Unfit: it can't be written as a program.
     """
     sizes = value.meta["val"].shape[1:]
-    if end.meta["val"].dtype not in (*FLOATS, torch.bool):
+    if not _is_handled(end):
         raise Unfit(f"{end.meta['val'].dtype} is not handled")
     if not all(isinstance(size, int) for size in sizes):
         raise Unfit("the number of columns is symbolic")
@@ -301,21 +303,31 @@ def _written(
     return Region(end, by, heads, columns, program, builder.indices, builder.nodes_read, builder.inside, builder.masks)
 
 
+def is_float(node: fx.Node) -> bool:
+    """Whether a program can work with a node's floats: with those of float16 on CUDA only."""
+    value = node.meta["val"]
+    return value.dtype in FLOATS or (value.dtype is torch.float16 and value.device.type == "cuda")
+
+
 def is_computable(node: fx.Node) -> bool:
     """Whether a program can do what a node does to its arguments."""
     if node.target in SHAPES or node.target is aten.expand.default or node.target in SAME:
         return isinstance(node.args[0], fx.Node)
     if node.target not in POINTWISE or not is_tensor(node):
         return False
-    op, dtype = POINTWISE[node.target], node.meta["val"].dtype
+    op = POINTWISE[node.target]
     if op == "float":
-        return dtype in FLOATS and is_tensor(node.args[0]) and node.args[0].meta["val"].dtype in (*FLOATS, torch.bool)  # type: ignore[arg-type, union-attr]
-    arguments = [a.meta["val"].dtype for a in node.args if isinstance(a, fx.Node) and is_tensor(a)]
-    if node.kwargs or any(d not in (*FLOATS, torch.bool) for d in arguments):
+        return is_float(node) and is_tensor(node.args[0]) and _is_handled(node.args[0])  # type: ignore[arg-type]
+    arguments = [a for a in node.args if isinstance(a, fx.Node) and is_tensor(a)]
+    if node.kwargs or not all(map(_is_handled, arguments)):
         return False
     if op in ("and", "or", "not"):
-        return all(d is torch.bool for d in arguments)
-    return dtype in FLOATS or op in COMPARING
+        return all(a.meta["val"].dtype is torch.bool for a in arguments)
+    return is_float(node) or op in COMPARING
+
+
+def _is_handled(node: fx.Node) -> bool:
+    return is_float(node) or node.meta["val"].dtype is torch.bool
 
 
 def _constant(node: fx.Node) -> float | None:

@@ -93,7 +93,7 @@ def take_of(node: fx.Node) -> Take | None:
             index = index_of(by, trailing) if _same_sizes(node, matrix, 1) else None
         case _:
             return None
-    return None if index is None or node.kwargs else Take(matrix, index)
+    return None if index is None or node.kwargs or not _same_device(index.tensor, matrix) else Take(matrix, index)
 
 
 def reduction_of(node: fx.Node) -> Reduction | None:
@@ -116,7 +116,9 @@ def reduction_of(node: fx.Node) -> Reduction | None:
                 return None
         case _:
             return None
-    if index is None or not _same_sizes(node, value, 1) or base.meta["val"].dtype != value.meta["val"].dtype:
+    if index is None or not _same_device(index.tensor, value):
+        return None
+    if not _same_sizes(node, value, 1) or base.meta["val"].dtype != value.meta["val"].dtype:
         return None
     if not _torch.known_true(value.meta["val"].shape[0] == index.edges):
         return None  # one row, put at several places
@@ -128,6 +130,11 @@ def reduction_of(node: fx.Node) -> Reduction | None:
 
 def _is_index(node: fx.Node) -> bool:
     return is_tensor(node) and node.meta["val"].dtype in (torch.int64, torch.int32)
+
+
+def _same_device(node: fx.Node, other: fx.Node) -> bool:
+    """Rows on CUDA may be taken by an index on the CPU: that is left to torch."""
+    return node.meta["val"].device == other.meta["val"].device
 
 
 def _same_length(node: fx.Node, other: fx.Node) -> bool:

@@ -35,7 +35,7 @@ def test_every_section_leaves_its_figures(tmp_path: Path) -> None:
 
 def test_without_time_everything_is_left_out_and_said_to_be(tmp_path: Path) -> None:
     rows = run(tmp_path, "--budget", "0")["rows"]
-    assert {row["section"] for row in rows} == {"tests", "kernels", "steps", "gradients", "products"}
+    assert {row["section"] for row in rows} == {"tests", "messages", "kernels", "steps", "gradients", "products"}
     assert all("were left" in row["skipped"] for row in rows)
 
 
@@ -44,6 +44,14 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["gpu", "--out", str(tmp_path)]) == 1
     assert "no CUDA device" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_message_passing_beside_plain_torch_compile(tmp_path: Path) -> None:
+    content = run(tmp_path, "--sections", "messages")
+    rows = {row["op"]: row for row in content["rows"]}
+    assert set(rows) == {"sum", "weighted sum", "max", "attention", "product", "grouping"}
+    assert content["correct"] and all(row["fused_ms"] > 0 for row in rows.values())
 
 
 @pytest.mark.slow

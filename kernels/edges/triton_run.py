@@ -1,0 +1,169 @@
+"""Runs programs over edges as Triton kernels.
+
+A node with at most `SPLIT` edges is done by one program, which takes several such nodes. One with more, a hub, is done
+in pieces of that many, by programs of their own, and a last launch makes one row of its pieces: always the same way, so
+sums are the same every time. Whether there are hubs is known without waiting for the device where the grouping is
+remembered; elsewhere all three launches are made, and find nothing to do.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..blocks.triton_tile import on_device
+from . import triton_lanes
+from .group import Grouping
+from .program import REDUCTIONS, Output, Program, packed, parse, width
+from .triton_generate import generate, reads
+
+SPLIT = 1024  # edges of a node that one program does alone; more where that makes more than `WINDOWS` pieces
+WINDOWS = 1 << 14
+ELEMENTS = 2048  # of a tile
+WIDEST = 256  # elements of a row in a tile, if it need not have all of a row
+MOST_LANES = 256
+AT_ONCE = 8  # pieces that are joined at a time
+THREADS = 32  # per warp
+EXACT = {"enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Nodes by edges of each by heads by columns, all powers of two, for one program of `warps` warps."""
+
+    nodes: int
+    edges: int
+    heads: int
+    columns: int
+    warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"BN": self.nodes, "BE": self.edges, "BH": self.heads, "BC": self.columns}
+
+
+def tile_for(output: Output, heads: int, columns: int, degree: float) -> Tile:
+    """The tile for an output where nodes have about so many edges.
+
+    Wide rows are cut, but not where their columns are summed up; a byte of bits is made in one piece.
+    """
+    c = triton.next_power_of_2(max(columns, 1)) if "c" in output.level or output.kind == "dot" else 1
+    c = c if output.kind == "dot" else max(min(c, WIDEST), 8 if output.dtype == "bits" else 1)
+    h = min(triton.next_power_of_2(max(heads, 1)), max(WIDEST // c, 1)) if "h" in output.level else 1
+    lanes = max(min(ELEMENTS // (h * c), MOST_LANES), 1)
+    edges = min(4 if degree < 6 else 8 if degree < 24 else 16, lanes)
+    return Tile(lanes // edges, edges, h, c, min(max(lanes * h * c // (16 * THREADS), 4), 16))
+
+
+@lru_cache(maxsize=1024)
+def kernel(text: str, output: int) -> Any:
+    """The kernel of one output of a program, to be compiled when it is launched first."""
+    source = generate(text, output)
+    name = f"<actcompile edges {sha256(source.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = len(source), None, source.splitlines(True), name  # where Triton looks for it
+    space = {**vars(triton_lanes), "__name__": "actcompile.kernels.edges.generated"}
+    exec(compile(source, name, "exec"), space)
+    return space["run"]
+
+
+def run_triton(
+    text: str,
+    sort: Grouping,
+    others: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    results: Sequence[Tensor],
+    nodes: int,
+    edges: int,
+    heads: int,
+    columns: int,
+) -> None:
+    """Runs the program written down as `text`.
+
+    Args:
+        sort, others: the grouping, and the nodes at the other ends as it arranges them.
+        operands: contiguous.
+        results: what is written, one tensor for each output, contiguous.
+        nodes, edges, heads, columns: their numbers.
+    """
+    for tensor in (sort.pointer, sort.order, *others):  # may be forgotten while this stream, not its own, reads it
+        if tensor is not None and tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    program = parse(text)
+    numbers = nodes, edges, heads, columns
+    for i, (output, result) in enumerate(zip(program.outputs, results, strict=True)):
+        if output.dtype == "bits" and not _is_packed_at_once(output, heads, columns):
+            apart = replace(program, outputs=(replace(output, dtype="bool"),)).dump()
+            mask = result.new_empty(result.shape[0], width(output.level, heads, columns), dtype=torch.bool)
+            _run_output(apart, 0, sort, others, operands, mask, *numbers)
+            result.copy_(packed(mask))
+        else:
+            _run_output(text, i, sort, others, operands, result, *numbers)
+
+
+def _is_packed_at_once(output: Output, heads: int, columns: int) -> bool:
+    """Whether no byte of a row of bits is of two heads. Where one is, a row is bytes first, one for each bit."""
+    return output.level == "c" or (output.level == "hc" and (columns % 8 == 0 or heads == 1))
+
+
+def _run_output(
+    text: str,
+    i: int,
+    sort: Grouping,
+    others: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    result: Tensor,
+    nodes: int,
+    edges: int,
+    heads: int,
+    columns: int,
+) -> None:
+    program: Program = parse(text)
+    output = program.outputs[i]
+    if result.numel() == 0:
+        return
+    tile = tile_for(output, heads, columns, edges / nodes)
+    operand_numbers, index_numbers = reads(text, i)
+    tensors = [_bytes(operands[n]) for n in operand_numbers] + [others[n] for n in index_numbers]
+    order = sort.pointer if sort.order is None else sort.order
+    sizes = {"ORDERED": sort.order is not None, "H": heads, "C": columns}
+    blocks = triton.cdiv(heads, tile.heads) if "h" in output.level else 1
+    blocks = blocks, triton.cdiv(columns, tile.columns) if "c" in output.level else 1
+    split = max(SPLIT, triton.next_power_of_2(edges // WINDOWS))
+    run, numbers = kernel(text, i), (nodes, edges, split, nodes.bit_length())
+
+    def launch(out: Tensor, items: int, tile: Tile, pieces: bool) -> None:
+        grid = triton.cdiv(items, tile.nodes), *blocks
+        run[grid](
+            *tensors, _bytes(out), sort.pointer, order, *numbers, PIECES=pieces, **sizes, **tile.constants,
+            num_warps=tile.warps, **EXACT,
+        )  # fmt: skip
+
+    with on_device(result):
+        launch(result, nodes, tile, pieces=False)
+        if (edges if sort.longest is None else sort.longest) <= split:
+            return
+        windows = triton.cdiv(edges, split)
+        alone = replace(tile, nodes=1, edges=tile.nodes * tile.edges)
+        if output.kind not in REDUCTIONS:
+            launch(result, 2 * windows, alone, pieces=True)
+            return
+        size, dtype = width(output.level, heads, columns), torch.float64 if program.is_double else torch.float32
+        pieces = torch.empty(2 * windows, size, dtype=dtype, device=result.device)
+        launch(pieces, 2 * windows, alone, pieces=True)
+        block = min(triton.next_power_of_2(size), WIDEST)
+        triton_lanes.join_kernel[(windows, triton.cdiv(size, block))](
+            pieces, result, sort.pointer, *numbers, KIND=output.kind, START=REDUCTIONS[output.kind], WIDTH=size,
+            BLOCK=block, AT_ONCE=AT_ONCE, num_warps=4, **EXACT,
+        )  # fmt: skip
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
