@@ -75,28 +75,23 @@ def partition(
     plain = _copied(joint) if config.fuse else joint
     fused = fuse(joint, num_fwd_outputs, config, options)
     split = cut(joint, inputs, num_fwd_outputs, situation, **options)
-    outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
     by_torch, saved_fused = split, find(split)
     if any(not region.reason for region in fused):
         by_torch = cut(plain, inputs, num_fwd_outputs, situation, **options)
     saved_by_torch, memory_by_torch = find(by_torch), memory(by_torch, config)
     policy = config.policy(situation.training)
     chosen, spared = decide(split, policy, config)
-    fitted = fit(split, chosen, policy, config, memory_by_torch.peak)
-    if fitted is not None:
-        chosen = fitted.plan
+    fitted = None
+    if policy.exact is None and (config.bounded or config.measured):
+        trial = cut(_copied(joint), inputs, num_fwd_outputs, situation, **options)
+        rules, _ = decide(trial, policy, config)
+        write(trial, rules, saved_by_torch)
+        fitted = fit(trial, rules, policy, config, memory_by_torch.peak)
+        chosen = chosen.taking(fitted.ways, policy.min_bytes)
     if only is not None:
         chosen = chosen.rounding_only(only)
     reached = reach(split)
-    rewrite(split, chosen)
-    split.hand_on(split.symbols(saved_by_torch).values())
-    split.finish()
-    verify(split, chosen, outputs, gradients)
-    tile(split.backward.graph)
-    late(split)
-    for module in (split.forward, split.backward):
-        accumulate(module.graph)
-        module.recompile()
+    write(split, chosen, saved_by_torch)
 
     report = record(
         split, chosen, saved_by_torch, saved_fused, fused, spared, reached, memory_by_torch, config, situation
@@ -175,13 +170,11 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
     return plan(find(split), dependences(), policy), spared
 
 
-def fit(split: Split, rules: Plan, policy: Policy, config: Config, plain_peak: int) -> Fitted | None:
-    """The plan that meets the config's bounds best; the rules' own, where it has none but knows what noise costs.
-
-    None where it knows neither, or where nothing is rounded.
+def fit(trial: Split, rules: Plan, policy: Policy, config: Config, plain_peak: int) -> Fitted:
+    """The ways that meet the config's bounds best; the rules' own, where it has none but knows what noise costs.
 
     Args:
-        rules: the rule table's plan for `split`.
+        trial: written by the rule table's plan, `rules`.
         plain_peak: bytes of a step's peak without us, for a budget relative to it.
 
     Raises:
@@ -193,20 +186,31 @@ def fit(split: Split, rules: Plan, policy: Policy, config: Config, plain_peak: i
     bounds = {"peak": peak, "error": config.max_gradient_error, "seconds": None}
     speeds = Speeds()
     if config.max_slowdown is not None:
-        speeds = speeds_of(_device(split), cache_folder())
-        bounds["seconds"] = (config.max_slowdown - 1) * speeds.step(split)
+        speeds = speeds_of(_device(trial), cache_folder())
+        bounds["seconds"] = (config.max_slowdown - 1) * speeds.step(trial)
     wish = Wish(**{name: bound for name, bound in bounds.items() if bound is not None})
-    if policy.exact is not None or not (wish or config.measured):
-        return None
-    late(split)
     noise = Noise({key: dict(formats) for key, formats in config.measured})
-    program = Fit(split, rules, policy, config.inner == "inductor", noise, speeds)
-    return program.solve(wish) if wish else program.of_rules()
+    program = Fit(trial, rules, policy, config.inner == "inductor", noise, speeds)
+    return program.solve(wish) if config.bounded else program.of_rules()
 
 
 def _device(split: Split) -> str:
     devices = {n.meta["val"].device.type for n in split.forward.graph.nodes if is_tensor(n)}
     return "cuda" if "cuda" in devices else "cpu"
+
+
+def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -> None:
+    """Rewrites both graphs as a plan says, and has them hold little at once."""
+    outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
+    rewrite(split, plan)
+    split.hand_on(split.symbols(saved_by_torch).values())
+    split.finish()
+    verify(split, plan, outputs, gradients)
+    tile(split.backward.graph)
+    late(split)
+    for module in (split.forward, split.backward):
+        accumulate(module.graph)
+        module.recompile()
 
 
 def _number_of_outputs(graph_module: fx.GraphModule) -> int:

@@ -207,6 +207,11 @@ class Config:
             config = PRESETS[preset]()
         return replace(config or cls(), **options)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether a plan has to meet bounds."""
+        return any(b is not None for b in (self.budget, self.max_gradient_error, self.max_slowdown))
+
     def policy(self, training: bool = True) -> Policy:
         """The planner's view of this config, for a graph of a module that is in training mode or not."""
         base = Policy(

@@ -28,8 +28,8 @@ from actcompile.kernels.edges.program import parse, run_reference
 from actcompile.passes.codecs.codecs import Cast, Codec, Quantize
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import memory_order
-from actcompile.passes.plan.costs import Noise, Speeds, codec_name
-from actcompile.passes.plan.fit import BLOCKS, Fit
+from actcompile.passes.plan.costs import codec_name
+from actcompile.passes.plan.fit import BLOCKS, ways_of
 from actcompile.passes.plan.plan import Choice
 from actcompile.passes.spare.dropout import dropout
 
@@ -141,7 +141,8 @@ def _measured(model: nn.Module, config: Config, blocks: Sequence[int], probe: _P
             split = cut(joint, joint_inputs, num_fwd_outputs, **keywords)
             policy = config.policy()
             rules, _ = decide(split, policy, config)
-            for choices in Fit(split, rules, policy, config.inner == "inductor", Noise(), Speeds(), blocks).choices:
+            for choice in rules.choices:
+                choices = ways_of(choice, rules, policy, blocks)
                 watched[choices[0].activation.placeholder.name] = choices
             split.finish()
             return split.forward, split.backward

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..graph.find import SavedActivation
 from ..graph.split import Split, call
 from .codecs import Cast, Codec, Copy, LowRank, Narrow, PackBits, Prune, Quantize, SampleRows
 
@@ -21,6 +22,12 @@ Decode = Callable[[Sequence[fx.Node], Sizes], fx.Node]
 
 Units = Callable[[fx.Graph], tuple[fx.Node | None, ...]]
 """Makes the shift and the scale of each column at the insertion point of either graph."""
+
+
+def part_names(activation: SavedActivation) -> list[str]:
+    """The names of backward's inputs that hold the parts of an encoded activation, as many as it has at most."""
+    name = activation.node.name.replace("primals_", "crossing_")  # torch reads "primals"
+    return [f"{name}_{part}" for part in ("words", "low", "high")]
 
 
 class Seeds:

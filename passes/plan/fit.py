@@ -7,18 +7,22 @@ bits, other blocks, or stay exact. What it keeps or stores without loss stays so
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
 
 from actcompile.kernels.blocks.format import BITS
 
 from ..codecs.codecs import EXACT, Keep, Quantize
+from ..codecs.encode import part_names
 from ..codecs.standardise import standard
 from ..graph.find import memory_order
 from ..graph.split import Split, root
 from .costs import Noise, Speeds
 from .memory import Lifetime, lifetimes, live_bytes
-from .plan import Choice, Plan, Policy, bits_of, fit_format, let_go, statistics
+from .plan import Choice, Plan, Policy, bits_of, fit_format, statistics
 from .program import Demands, Objective, Program, Solution, Way
 
 BLOCKS = (32, 64, 128, 256)
@@ -65,9 +69,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The plan, what it gives, what greedy would have given, and the front of all plans."""
+    """The ways that differ from the rules', by key, what they give, what greedy would have given, and the front."""
 
-    plan: Plan
+    ways: Mapping[str, Choice]
     point: Point
     greedy: Point | None
     gap: float
@@ -79,73 +83,78 @@ class Impossible(ValueError):
     """No plan meets the demands; the message says what the smallest ones are."""
 
 
+def ways_of(choice: Choice, plan: Plan, policy: Policy, blocks: Sequence[int] = BLOCKS) -> list[Choice]:
+    """What the rules chose for an activation, first, and what may be chosen instead.
+
+    Args:
+        plan: the rules' plan, of which `choice` is a part.
+        blocks: sizes that blocks may have.
+    """
+    activation, codec, dependence = choice.activation, choice.codec, choice.dependence
+    policy = policy.for_module(activation.module)
+    if not isinstance(codec, Quantize) or codec.columns or policy.rows_per_block or policy.fitted:
+        return [choice]
+    least = 1
+    if dependence is not None and dependence.biased:
+        least = bits_of(dependence, activation.value, policy) or 8
+    contiguous = memory_order(activation.value) == list(range(activation.value.dim()))
+    signed = policy.standardise and contiguous and standard(activation.node) is not None
+    saved = {c.activation.node for c in plan.choices}
+    others = {}
+    for bits in (b for b in BITS if b >= least):
+        for block in blocks:
+            other = replace(codec, format=fit_format(activation, bits, replace(policy, block=block), signed=signed))
+            nbytes = other.nbytes(activation.shape, activation.value.dtype) + statistics(other, activation, saved)
+            if other != codec and nbytes < activation.nbytes:
+                others[other] = replace(choice, codec=other, nbytes=nbytes)
+    exact = replace(choice, codec=Keep(), nbytes=activation.nbytes)
+    return [choice, *others.values(), exact]
+
+
 class Fit:
-    """The program of a graph whose activations the rules have given their codecs."""
+    """The program of a graph, from its trial: written by the rules' own plan, whose other choices fit in its place.
 
-    def __init__(
-        self,
-        split: Split,
-        plan: Plan,
-        policy: Policy,
-        fuses: bool,
-        noise: Noise,
-        speeds: Speeds,
-        blocks: Sequence[int] = BLOCKS,
-    ) -> None:
-        self.rules, self.policy, self.noise, self.speeds, self.blocks = plan, policy, noise, speeds, blocks
-        found = lifetimes(split, fuses)
+    Encoded, an activation is alive from where it is encoded to where it is decoded last. Kept, it is so from where
+    forward reads it last, as far as it isn't alive there anyway, up to where it would be decoded last: what is decoded
+    there stands for it from then on.
+    """
+
+    def __init__(self, trial: Split, plan: Plan, policy: Policy, fuses: bool, noise: Noise, speeds: Speeds) -> None:
+        self.rules, self.noise, self.speeds = plan, noise, speeds
+        self.choices = [ways_of(choice, plan, policy) for choice in plan.choices]
+        self.total = max(sum(c.activation.numel for c in plan.choices if isinstance(c.codec, Quantize)), 1)
+        found = lifetimes(trial, fuses)
         memory = {m.node: m for m in found}
-        self.positions = len(split.forward.graph.nodes) + len(split.backward.graph.nodes)
-        self.choices = [self._ways(choice) for choice in plan.choices]
-        rounded = [c.activation.numel for c in plan.choices if isinstance(c.codec, Quantize)]
-        self.total = max(sum(rounded), 1)
-        fixed = {root(c[0].activation.node) for c in self.choices if len(c) == 1 and isinstance(c[0].codec, Keep)}
-        held = {root(c[0].activation.node) for c in self.choices} - fixed
-        ways = []
+        encoded = {}  # by activation
         for choices in self.choices:
-            base_node = root(choices[0].activation.node)
-            life = memory.get(base_node) if base_node in held else None
-            ways.append([self._way(choice, life) for choice in choices])
-        base: list[Lifetime] = []
-        for m in found:
-            if m.node in held and m.forward_last is not None and m.backward_first is not None:
-                base += [replace(m, last=m.forward_last), replace(m, first=m.backward_first)]
-            else:
-                base.append(m)
-        self.program = Program(live_bytes(base, self.positions), ways)
+            if len(choices) > 1:
+                names = part_names(choices[0].activation)
+                encoded[choices[0].activation.node] = [
+                    memory[node] for node, placeholder in trial.pairs if placeholder.name in names and node in memory
+                ]
+        start = len(trial.forward.graph.nodes)
+        decoders = (torch.ops.actcompile.dequantize.default,)
+        self.decoded = {start + i for i, n in enumerate(trial.backward.graph.nodes) if n.target in decoders}
+        ours = {m.node for parts in encoded.values() for m in parts}
+        positions = len(trial.forward.graph.nodes) + len(trial.backward.graph.nodes)
+        base = live_bytes((m for m in found if m.node not in ours), positions)
+        self.program = Program(
+            base,
+            [[self._way(c, encoded.get(c.activation.node, []), memory) for c in choices] for choices in self.choices],
+        )
 
-    def _ways(self, choice: Choice) -> list[Choice]:
-        """What the rules chose, first, and what may be chosen instead."""
-        activation, codec, dependence = choice.activation, choice.codec, choice.dependence
-        policy = self.policy.for_module(activation.module)
-        if not isinstance(codec, Quantize) or codec.columns or policy.rows_per_block or policy.fitted:
-            return [choice]
-        least = 1
-        if dependence is not None and dependence.biased:
-            least = bits_of(dependence, activation.value, policy) or 8
-        contiguous = memory_order(activation.value) == list(range(activation.value.dim()))
-        signed = policy.standardise and contiguous and standard(activation.node) is not None
-        saved = {c.activation.node for c in self.rules.choices}
-        others = {}
-        for bits in (b for b in BITS if b >= least):
-            for block in self.blocks:
-                other = replace(codec, format=fit_format(activation, bits, replace(policy, block=block), signed=signed))
-                nbytes = other.nbytes(activation.shape, activation.value.dtype) + statistics(other, activation, saved)
-                if other != codec and nbytes < activation.nbytes:
-                    others[other] = replace(choice, codec=other, nbytes=nbytes)
-        exact = replace(choice, codec=Keep(), nbytes=activation.nbytes)
-        return [choice, *others.values(), exact]
-
-    def _way(self, choice: Choice, life: Lifetime | None) -> Way:
+    def _way(self, choice: Choice, parts: Sequence[Lifetime], memory: Mapping[fx.Node, Lifetime]) -> Way:
         activation, codec = choice.activation, choice.codec
         noise = self.noise.of(activation.key, codec, activation.numel / self.total)
         seconds = self.speeds.seconds(codec, activation.numel)
-        if life is None or life.forward_last is None or life.backward_first is None:
+        if not parts:
             return Way((), noise, seconds)
+        first, last = min(m.first for m in parts), max(m.last for m in parts)
         if isinstance(codec, Keep):
-            between = (activation.nbytes, life.forward_last + 1, life.backward_first - 1)
-            return Way((between,) if between[1] <= between[2] else (), noise, seconds)
-        return Way(((choice.nbytes, life.first, life.backward_first),), noise, seconds)
+            own = memory.get(root(activation.node))
+            begin, end = first if own is None else own.last + 1, last - (last in self.decoded)
+            return Way(((activation.nbytes, begin, end),) if begin <= end else (), noise, seconds)
+        return Way(((choice.nbytes, first, last),), noise, seconds)
 
     @property
     def measured(self) -> bool:
@@ -155,9 +164,8 @@ class Fit:
 
     def of_rules(self) -> Fitted:
         """The rules' own plan."""
-        return Fitted(
-            self.rules, _point(self.program.evaluate([0] * len(self.choices))), None, 0.0, self.front(), self.measured
-        )
+        point = _point(self.program.evaluate([0] * len(self.choices)))
+        return Fitted({}, point, None, 0.0, self.front(), self.measured)
 
     def solve(self, wish: Wish) -> Fitted:
         """The best plan.
@@ -170,7 +178,7 @@ class Fit:
             raise Impossible(self._why(wish))
         quick = self.program.greedy(wish.objective, wish.demands)
         near = None if quick is None else _point(quick)
-        return Fitted(self._plan(found), _point(found), near, found.gap, self.front(), self.measured)
+        return Fitted(self._ways(found), _point(found), near, found.gap, self.front(), self.measured)
 
     def front(self) -> tuple[Point, ...]:
         """Plans of least noise within falling peaks, from that which rounds nothing to the smallest there is."""
@@ -183,14 +191,14 @@ class Fit:
                 points.add(_point(found))
         return tuple(sorted(points, key=lambda p: (p.peak, p.error)))
 
-    def _plan(self, solution: Solution) -> Plan:
-        chosen = []
+    def _ways(self, solution: Solution) -> dict[str, Choice]:
+        """By the activation's key, what is chosen of several ways."""
+        chosen = {}
         for choices, ways, pick in zip(self.choices, self.program.activations, solution.picks, strict=True):
-            choice = choices[pick]
             if len(choices) > 1:
-                choice = replace(choice, reason=f"{choices[0].reason}; {self._over(choices, ways, pick)}")
-            chosen.append(choice)
-        return Plan(tuple(let_go(chosen, self.policy.min_bytes)))
+                reason = f"{choices[0].reason}; {self._over(choices, ways, pick)}"
+                chosen[choices[0].activation.key] = replace(choices[pick], reason=reason)
+        return chosen
 
     def _over(self, choices: Sequence[Choice], ways: Sequence[Way], pick: int) -> str:
         """What a way was chosen over: the next smaller one, and what that would have cost."""

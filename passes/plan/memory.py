@@ -201,6 +201,18 @@ def _write_in_place(made: dict[fx.Node, Lifetime], kept: Collection[fx.Node]) ->
             dying.setdefault((memory.last, memory.nbytes), []).append(node)
     for node, memory in made.items():
         others = [n for n in dying.get((memory.first, memory.nbytes), ()) if made[n].first < memory.first]
-        if is_loop(node) and others:
+        if (operand := _written_over(node)) is not None:
+            others = [n for n in others if n is operand]
+        elif not is_loop(node):
+            continue
+        if others:
             made[others[0]] = replace(made[others[0]], last=memory.first - 1)
             dying[memory.first, memory.nbytes].remove(others[0])
+
+
+def _written_over(node: fx.Node) -> fx.Node | None:
+    """The operand that `accumulate` has a sum of products written over."""
+    call = node.args[0] if node.target is operator.getitem else None
+    if isinstance(call, fx.Node) and call.args[:1] == (ops.products_.default,):
+        return call.kwargs["into"]  # type: ignore[return-value]
+    return None

@@ -136,6 +136,15 @@ class Plan:
 
         return Plan(tuple(exact(choice) for choice in self.choices))
 
+    def taking(self, ways: Mapping[str, Choice], min_bytes: int) -> "Plan":
+        """The same plan, with the codecs that other choices, by the activation's key, have for it."""
+
+        def other(choice: Choice) -> Choice:
+            way = ways.get(choice.activation.key)
+            return choice if way is None else replace(way, activation=choice.activation, dependence=choice.dependence)
+
+        return Plan(tuple(let_go([other(choice) for choice in self.choices], min_bytes)))
+
 
 def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, Dependence], policy: Policy) -> Plan:
     """Chooses a codec for every saved activation.

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..codecs.codecs import Keep, Narrow, Quantize, Recompute
-from ..codecs.encode import Seeds, encode
+from ..codecs.encode import Seeds, encode, part_names
 from ..codecs.standardise import Standard, standard
 from ..graph.find import SavedActivation, dense_order, memory_order
 from ..graph.split import Split, call, first_use, inherit_origin, renew_views
@@ -54,8 +54,7 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
         encoded, decode = encode(split, choice.codec, x, seeds, by)
     if isinstance(choice.codec, Narrow) and not isinstance(activation.bound, int):
         _assert_fits(split, activation, choice.codec.dtype)
-    name, old = activation.node.name.replace("primals_", "crossing_"), activation.placeholder  # torch reads "primals"
-    labels = [f"{name}_{part}" for part in PARTS[: len(encoded)]]
+    old, labels = activation.placeholder, part_names(activation)[: len(encoded)]
     inputs = [split.save(e, label, like=activation.node) for e, label in zip(encoded, labels, strict=True)]
     for users in _uses_apart(old):
         with split.backward.graph.inserting_before(first_use(old, users)):
@@ -98,9 +97,6 @@ def _uses_apart(placeholder: fx.Node) -> list[list[fx.Node]]:
     for user in placeholder.users:
         groups.setdefault(user.meta.get("rebuilds", ""), []).append(user)
     return list(groups.values())
-
-
-PARTS = ("words", "low", "high")  # what an encoded tensor has at most
 
 
 def _after(split: Split, nodes: Iterable[fx.Node], seeds: Seeds) -> Any:
