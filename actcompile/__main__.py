@@ -214,7 +214,7 @@ def _explain(given: argparse.Namespace) -> None:
 
 
 def _estimate(given: argparse.Namespace) -> None:
-    from actcompile._estimate import OURS, PLAIN, largest
+    from actcompile._estimate import OURS, PLAIN, deepest, largest
 
     config, console = _config(given), Console()
 
@@ -236,9 +236,9 @@ def _estimate(given: argparse.Namespace) -> None:
 
         with console.status(f"{who}: what fits"):
             scale = largest(lambda s, total=total: total(scale=s), given.memory)  # type: ignore[misc]
-            depth = largest(lambda n, total=total: total(layers=int(n)), given.memory, given.layers, True)  # type: ignore[misc]
-            width = largest(lambda n, total=total: total(hidden=int(n)), given.memory, given.hidden, True)  # type: ignore[misc]
-        table.add_row(who, f"{int(nodes * scale):,}", f"{depth:,.0f}", f"{width:,.0f}")
+            depth = deepest(lambda n, total=total: total(layers=n), given.memory)  # type: ignore[misc]
+            width = largest(lambda n, total=total: total(hidden=int(n)), given.memory, given.hidden)  # type: ignore[misc]
+        table.add_row(who, f"{int(nodes * scale):,}", f"{depth:,}", f"{int(width):,}")
     console.print(table)
 
 

@@ -122,6 +122,18 @@ def largest(need: Callable[[float], int], memory: int, start: float = 1.0, whole
     return float(number)
 
 
+def deepest(need: Callable[[int], int], memory: int, first: int = 8) -> int:
+    """The number of layers that fit, from the bytes that each layer adds: those of `2 * first` beyond `first`.
+
+    Deep models take long to trace, and every layer but the first and the last is like the one before.
+    """
+    few, many = need(first), need(2 * first)
+    if memory < few:
+        return int(largest(lambda k: need(int(k)), memory, whole=True))
+    each = max((many - few) / first, 1.0)
+    return first + int((memory - few) / each)
+
+
 def size(nbytes: int) -> str:
     """Bytes for people: `512 MB`, `1,234 GB`."""
     value, unit = (nbytes / 1e6, "MB") if nbytes < 10**10 else (nbytes / 1e9, "GB")

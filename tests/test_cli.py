@@ -132,6 +132,7 @@ def test_explain_a_model_of_pyg_at_a_size_that_no_machine_holds(capsys: pytest.C
     assert "times less" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_estimate_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--shape", "100000x1000000x128x40", "--hidden", "64", "--inner", "aot_eager"]
     assert main(["estimate", "--model", "sage", "--layers", "2", *shape, "--memory", "1GB"]) == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import actcompile
-from actcompile._estimate import OURS, PLAIN, largest, meta_inputs
+from actcompile._estimate import OURS, PLAIN, deepest, largest, meta_inputs
 from bench.models import build
 
 
@@ -52,3 +52,9 @@ def test_largest_is_found(power, memory):
 def test_nothing_fits():
     assert largest(lambda k: 100 + k, 10) == 0
     assert largest(lambda k: 100 + k, 10, whole=True) == 0
+
+
+def test_depth_follows_from_what_a_layer_adds():
+    assert deepest(lambda n: 500 + 100 * n, 10_500) == 100
+    assert deepest(lambda n: 500 + 100 * n, 900) == 4  # fewer than it looks at
+    assert deepest(lambda n: 500 + 100 * n, 100) == 0

@@ -37,10 +37,9 @@ class Live(TorchDispatchMode):
         return out
 
 
-CASES = [(name, {}) for name in MODELS]
-CASES += [
-    (name, config) for name in ("sage", "gat") for config in ({"bits": None, "nonlinear_bits": None}, {"fuse": False})
-]
+EXACT = {"bits": None, "nonlinear_bits": None}
+CASES = [("gcn", {}), ("gat", {}), ("sage_max", EXACT), ("edge_mlp", {"fuse": False})]
+CASES += [pytest.param(n, c, marks=pytest.mark.slow) for n in MODELS for c in ({}, EXACT, {"fuse": False})]
 
 
 @pytest.mark.parametrize(("name", "config"), CASES, ids=str)
