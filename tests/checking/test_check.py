@@ -85,9 +85,7 @@ def test_a_bias_is_blamed_on_its_activation_and_mended() -> None:
 
 def test_a_wrong_claim_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan that calls everything unbiased."""
-    from actcompile import _check
-
-    monkeypatch.setattr(_check, "claim", lambda rows: ("unbiased" if rows else "exact", False))
+    monkeypatch.setattr("actcompile.checking.check.claim", lambda rows: ("unbiased" if rows else "exact", False))
     model, x = squared()
     report = check(model, x, options={**UNBIASED, "nonlinear_bits": 2})
     assert by_name(report)["first.weight"].wrong == "biased, and the plan claims that it is not"
@@ -241,7 +239,7 @@ def test_a_model_with_a_memory_of_its_own_is_an_error() -> None:
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net_to_check.py"
     path.write_text(
-        "import torch\nfrom tests.test_check import Squared\n"
+        "import torch\nfrom tests.checking.test_check import Squared\n"
         "def make():\n    torch.manual_seed(0)\n"
         "    return Squared(), torch.randn(2000, 16), lambda out: out.square().mean()\n"
         "def without():\n    return Squared()\n"
