@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
 from .._cpp import I32, I64, P, library
+from .._torch import assert_on_device
 
 FUNCTIONS = {"group": ((P, I32, I64, I64, P, P), I64), "arrange": ((P, I32, P, I64, I64, P), I64)}
 MOST = 2**31 - 1  # edges and nodes that an int32 counts
@@ -155,7 +155,7 @@ def _check_all(inside: Tensor, nodes: int, wait: bool) -> None:
     if wait or not inside.is_cuda:
         _check(bool(inside.all()), nodes)
     else:
-        _torch.assert_on_device(inside.all(), "an index of edges is out of range")
+        assert_on_device(inside.all(), "an index of edges is out of range")
 
 
 def _is_counted(index: Tensor) -> bool:

@@ -12,8 +12,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from .. import cuda
 from .._cpp import I32, I64, P, compile_source
+from ..cuda import forms
 from .generate import generate
 from .group import MOST, Grouping, group, grouping, row_of
 from .program import REDUCTIONS, Operand, Output, Program, Step, dtype_of, parse, row_size, run_reference
@@ -195,7 +195,7 @@ def _run(
 def kernel_for(device: torch.device, text: str) -> Run | None:
     """What runs a program on a device; None where that is the reference."""
     if device.type == "cuda":
-        run = cuda.forms().edges
+        run = forms().edges
         return None if run is None else partial(run, text)
     library = compiled(text) if device.type == "cpu" else None
     return None if library is None else partial(_run_cpp, library)
