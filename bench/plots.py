@@ -50,7 +50,11 @@ Points = Mapping[str, Sequence[tuple[str, float, float, float]]]
 """By family: (name, x, y, error of y)."""
 COLOURS = ("#24292f", "#d9730d", "#2da44e", "#8250df", OURS, BASELINE)
 MARKS = ("*", "o", "s", "^", "D", "x")
-NAMED = {"actcompile": ((-5, -8), "right"), "other codecs": ((5, 4), "left")}  # where the names of their points go
+NAMED = {
+    "actcompile": ((-5, -8), "right"),
+    "other codecs": ((5, 4), "left"),
+    "torch.compile": ((5, 4), "left"),
+}  # where the names of their points go
 
 
 def scatters(

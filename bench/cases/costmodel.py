@@ -111,12 +111,12 @@ def _pair(predicted: int, measured: int | None) -> str:
 
 
 def _plot(options: Options, models: dict[str, Any], size: str) -> None:
-    peaks: dict[str, list[tuple[str, float, float, float]]] = {"other codecs": [], "actcompile": []}
-    errors: dict[str, list[tuple[str, float, float, float]]] = {"other codecs": [], "actcompile": []}
+    peaks: dict[str, list[tuple[str, float, float, float]]] = {"torch.compile": [], "actcompile": []}
+    errors: dict[str, list[tuple[str, float, float, float]]] = {"torch.compile": [], "actcompile": []}
     for name, found in models.items():
         memory = found["memory"]
         if "error" not in memory:
-            for family, key, who in (("other codecs", "before", "plain"), ("actcompile", "after", "ours")):
+            for family, key, who in (("torch.compile", "before", "plain"), ("actcompile", "after", "ours")):
                 if memory[who]["peak"]:
                     peaks[family].append(
                         (name, memory["predicted"][f"peak_{key}"] / 1e6, memory[who]["peak"] / 1e6, 0.0)
