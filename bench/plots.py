@@ -50,7 +50,8 @@ Points = Mapping[str, Sequence[tuple[str, float, float, float]]]
 """By family: (name, x, y, error of y)."""
 COLOURS = ("#24292f", "#d9730d", "#2da44e", "#8250df", OURS, BASELINE)
 MARKS = ("*", "o", "s", "^", "D", "x")
-NAMED = {
+RIGHT = ((5, 4), "left")
+NAMED = {"actcompile": ((-5, -8), "right"), "other codecs": RIGHT, "torch.compile": RIGHT}  # where points' names go
     "actcompile": ((-5, -8), "right"),
     "other codecs": ((5, 4), "left"),
     "torch.compile": ((5, 4), "left"),
