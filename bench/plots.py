@@ -50,8 +50,7 @@ Points = Mapping[str, Sequence[tuple[str, float, float, float]]]
 """By family: (name, x, y, error of y)."""
 COLOURS = ("#24292f", "#d9730d", "#2da44e", "#8250df", OURS, BASELINE)
 MARKS = ("*", "o", "s", "^", "D", "x")
-RIGHT = ((5, 4), "left")
-NAMED = {"actcompile": ((-5, -8), "right"), "other codecs": RIGHT, "torch.compile": RIGHT}  # where points' names go
+NAMED = {
     "actcompile": ((-5, -8), "right"),
     "other codecs": ((5, 4), "left"),
     "torch.compile": ((5, 4), "left"),
