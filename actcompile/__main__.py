@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import actcompile
 from actcompile import datasets
-from actcompile._estimate import meta_inputs
+from actcompile._estimate import fits, meta_inputs
 from actcompile.config import METADATA, PRESETS, Config, Rule, bits, keep, lossless, parse_budget
 from actcompile.kernels.blocks.format import BITS, LEVELS
 
@@ -214,8 +213,6 @@ def _explain(given: argparse.Namespace) -> None:
 
 
 def _estimate(given: argparse.Namespace) -> None:
-    from actcompile._estimate import OURS, PLAIN, deepest, largest
-
     config, console = _config(given), Console()
 
     def of(scale: float = 1.0, layers: int = given.layers, hidden: int = given.hidden) -> actcompile.Estimate:
@@ -223,23 +220,10 @@ def _estimate(given: argparse.Namespace) -> None:
         return actcompile.estimate(model, *inputs, config=config)
 
     console.print(of())
-    if given.memory is None:
-        return
-    nodes, *_ = _shape_of(given)
-    table = Table(box=None, padding=(0, 3, 0, 0))
-    for title in (f"fits into {given.memory:,} bytes", "nodes", f"layers of {given.hidden}", "width"):
-        table.add_column(title, justify="left" if title.startswith("fits") else "right")
-    for who in (PLAIN, OURS):
-
-        def total(who: str = who, **changed: Any) -> int:
-            return of(**changed).total(who)
-
-        with console.status(f"{who}: what fits"):
-            scale = largest(lambda s, total=total: total(scale=s), given.memory)  # type: ignore[misc]
-            depth = deepest(lambda n, total=total: total(layers=n), given.memory)  # type: ignore[misc]
-            width = largest(lambda n, total=total: total(hidden=int(n)), given.memory, given.hidden)  # type: ignore[misc]
-        table.add_row(who, f"{int(nodes * scale):,}", f"{depth:,}", f"{int(width):,}")
-    console.print(table)
+    if given.memory is not None:
+        with console.status("what fits"):
+            table = fits(of, given.memory, _shape_of(given)[0], given.layers, given.hidden)
+        console.print(table)
 
 
 def _check(given: argparse.Namespace) -> int:

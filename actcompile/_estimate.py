@@ -19,6 +19,7 @@ from actcompile.passes.graph._torch import pytree
 
 from .api import explain
 from .config import Config
+from .report.text import human, share
 
 STEP = math.log(4)  # of the search for a bracket
 LEAST = 1e-6
@@ -55,8 +56,8 @@ class Estimate:
             (PLAIN, self.saved_before, self.peak_before),
             (OURS, self.saved_after, self.peak_after),
         ):
-            table.add_row(who, *map(size, (saved, peak, self.total(who))))
-        lines = [Text(f"error of the gradients by rounding: {self.error:.2%}")] if self.error is not None else []
+            table.add_row(who, *map(human, (saved, peak, self.total(who))))
+        lines = [Text(f"error of the gradients by rounding: {share(self.error)}")] if self.error is not None else []
         return Group(table, *lines)
 
 
@@ -134,10 +135,26 @@ def deepest(need: Callable[[int], int], memory: int, first: int = 8) -> int:
     return first + int((memory - few) / each)
 
 
-def size(nbytes: int) -> str:
-    """Bytes for people: `512 MB`, `1,234 GB`."""
-    value, unit = (nbytes / 1e6, "MB") if nbytes < 10**10 else (nbytes / 1e9, "GB")
-    return f"{value:,.1f} {unit}" if value < 100 else f"{value:,.0f} {unit}"
+def fits(of: Callable[..., Estimate], memory: int, nodes: int, layers: int, hidden: int) -> Table:
+    """A table of how many nodes, how many layers and what width fit into a memory, without us and with.
+
+    Args:
+        of: the estimate for `scale`, of nodes and edges, `layers` and `hidden`; each as it is where not given.
+    """
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for title in (f"fits into {memory:,} bytes", "nodes", f"layers of {hidden}", f"width of {layers} layers"):
+        table.add_column(title, justify="left" if title.startswith("fits") else "right")
+    for who in (PLAIN, OURS):
+        scale, depth, width = _most(of, who, memory, hidden)
+        table.add_row(who, f"{int(nodes * scale):,}", f"{depth:,}", f"{width:,}")
+    return table
+
+
+def _most(of: Callable[..., Estimate], who: str, memory: int, hidden: int) -> tuple[float, int, int]:
+    scale = largest(lambda scale: of(scale=scale).total(who), memory)
+    depth = deepest(lambda layers: of(layers=layers).total(who), memory)
+    width = largest(lambda width: of(hidden=max(1, int(width))).total(who), memory, hidden)
+    return scale, depth, int(width)
 
 
 def meta_inputs(nodes: int, edges: int, features: int) -> tuple[Tensor, Tensor]:

@@ -22,10 +22,7 @@ from actcompile.passes.graph.bias import Dependence, bias
 from actcompile.passes.graph.find import SavedActivation, find, module_path
 from actcompile.passes.graph.reach import reach
 from actcompile.passes.graph.sizes import sizes
-from actcompile.passes.graph.split import Split, is_tensor
-from actcompile.passes.plan.costs import Noise, Speeds
-from actcompile.passes.plan.costs import speeds as speeds_of
-from actcompile.passes.plan.fit import Fit, Fitted, Wish
+from actcompile.passes.graph.split import Split
 from actcompile.passes.plan.plan import Plan, Policy, plan
 from actcompile.passes.spare.apart import apart
 from actcompile.passes.spare.commute import commute
@@ -41,8 +38,8 @@ from actcompile.passes.write.rewrite import rewrite
 from actcompile.passes.write.tile import tile
 from actcompile.passes.write.verify import verify
 
-from .config import Config, parse_budget
-from .datasets import cache_folder
+from .bounds import fit
+from .config import Config
 from .report import cache as _report_cache
 from .report import log as _log
 from .report.data import GraphReport
@@ -168,35 +165,6 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
     spared = [s for s in spared if s.activation.node not in saved_apart]
     offer(split, [a for a in wanted() if kind(a.node).standardise])
     return plan(find(split), dependences(), policy), spared
-
-
-def fit(trial: Split, rules: Plan, policy: Policy, config: Config, plain_peak: int) -> Fitted:
-    """The ways that meet the config's bounds best; the rules' own, where it has none but knows what noise costs.
-
-    Args:
-        trial: written by the rule table's plan, `rules`.
-        plain_peak: bytes of a step's peak without us, for a budget relative to it.
-
-    Raises:
-        Impossible: nothing meets the bounds.
-    """
-    peak, share = parse_budget(config.budget)
-    if share is not None:
-        peak = int(share * plain_peak)
-    bounds = {"peak": peak, "error": config.max_gradient_error, "seconds": None}
-    speeds = Speeds()
-    if config.max_slowdown is not None:
-        speeds = speeds_of(_device(trial), cache_folder())
-        bounds["seconds"] = (config.max_slowdown - 1) * speeds.step(trial)
-    wish = Wish(**{name: bound for name, bound in bounds.items() if bound is not None})
-    noise = Noise({key: dict(formats) for key, formats in config.measured})
-    program = Fit(trial, rules, policy, config.inner == "inductor", noise, speeds)
-    return program.solve(wish) if config.bounded else program.of_rules()
-
-
-def _device(split: Split) -> str:
-    devices = {n.meta["val"].device.type for n in split.forward.graph.nodes if is_tensor(n)}
-    return "cuda" if "cuda" in devices else "cpu"
 
 
 def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -> None:

@@ -30,15 +30,11 @@ from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import memory_order
 from actcompile.passes.plan.costs import codec_name
 from actcompile.passes.plan.fit import BLOCKS, ways_of
-from actcompile.passes.plan.plan import Choice
-from actcompile.passes.spare.dropout import dropout
+from actcompile.passes.plan.plan import Choice, Plan, Policy
 
 from ..api import _configs
-from ..backend import cut, decide, fuse
 from ..config import Config
-from ..tracing.capture import capture_sizes
-from ..tracing.trace import isolated
-from .observe import Partition
+from .observe import Watcher, unrounded
 
 ops = torch.ops.actcompile
 LIMIT = 2**22  # elements of an activation that are looked at for one format
@@ -113,7 +109,7 @@ def noises(
     """What `measure` measures, by activation, for blocks of these numbers of elements."""
     unbound = replace(config, budget=None, max_gradient_error=None, max_slowdown=None, measured=())
     found: dict[str, Noises] = {}
-    forward = _measured(copy.deepcopy(model), unbound, blocks, _Probe(found, steps, probes))
+    forward = unrounded(copy.deepcopy(model), unbound, lambda: _Probe(found, blocks, steps, probes))
     with torch.random.fork_rng(), torch.enable_grad():
         for _ in range(steps):
             (loss or _half_of_squares)(forward(*inputs)).backward()
@@ -125,80 +121,35 @@ def _half_of_squares(output: Any) -> Tensor:
     return torch.stack([t.square().sum() / 2 for t in floats]).sum()
 
 
-def _measured(model: nn.Module, config: Config, blocks: Sequence[int], probe: _Probe) -> Callable[..., Any]:
-    """`model`, whose backward notes the noise of every format of every activation."""
+class _Probe(Watcher):
+    """Notes the noise of every format of every activation of a graph: means over so many steps and probes."""
 
-    @capture_sizes
-    def measuring(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        watched: dict[str, list[Choice]] = {}
+    def __init__(self, found: dict[str, Noises], blocks: Sequence[int], steps: int, probes: int) -> None:
+        self.found, self.blocks, self.steps, self.probes = found, blocks, steps, probes
 
-        def partition(
-            joint: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int, **keywords: Any
-        ) -> tuple[fx.GraphModule, fx.GraphModule]:
-            if config.fast_dropout:
-                dropout(joint, num_fwd_outputs)
-            fuse(joint, num_fwd_outputs, config, keywords)
-            split = cut(joint, joint_inputs, num_fwd_outputs, **keywords)
-            policy = config.policy()
-            rules, _ = decide(split, policy, config)
-            for choice in rules.choices:
-                choices = ways_of(choice, rules, policy, blocks)
-                watched[choices[0].activation.placeholder.name] = choices
-            split.finish()
-            return split.forward, split.backward
+    def planned(self, plan: Plan, policy: Policy) -> None:
+        ways = [ways_of(choice, plan, policy, self.blocks) for choice in plan.choices]
+        rounding = [[c for c in choices if isinstance(c.codec, Quantize | Cast)] for choices in ways]
+        self.watched = {choices[0].activation.placeholder.name: choices for choices in rounding if choices}
 
-        def after_joint_passes(joint: fx.GraphModule, joint_inputs: Sequence[object], **keywords: Any) -> Any:
-            return _torch.inductor_partition(joint, joint_inputs, Partition(partition), **keywords)
+    def backward(self, graph: fx.GraphModule, inputs: list[Any]) -> Any:
+        names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
+        return _torch.make_boxed_func(lambda *given: self.run(graph, dict(zip(names, given, strict=True))))
 
-        def probed(backward: fx.GraphModule, _: Sequence[object]) -> Any:
-            names = [n.name for n in backward.graph.find_nodes(op="placeholder")]
-
-            def run(*given: Any) -> Any:
-                return probe.run(backward, dict(zip(names, given, strict=True)), watched)
-
-            return _torch.make_boxed_func(run)
-
-        compiler = _torch.aot_autograd(
-            fw_compiler=_torch.boxed_nop,
-            bw_compiler=probed,
-            inference_compiler=_torch.boxed_nop,
-            partition_fn=partition if config.inner == "aot_eager" else after_joint_passes,
-            decompositions=_torch.select_decomp_table(),
-            keep_inference_input_mutations=True,
-        )
-        return compiler(gm, inputs)
-
-    return torch.compile(model, backend=measuring, **isolated())
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """Where noise is noted; the means over so many steps, of so many probes each."""
-
-    found: dict[str, Noises]
-    steps: int
-    probes: int
-
-    def run(self, backward: fx.GraphModule, given: dict[str, Any], watched: dict[str, list[Choice]]) -> Any:
+    def run(self, backward: fx.GraphModule, given: dict[str, Any]) -> Any:
         """Runs backward on what it is given, and notes what rounding would do; returns its outputs."""
-        leaves = {
-            name: given[name].detach().requires_grad_()
-            for name, choices in watched.items()
-            if any(isinstance(c.codec, Quantize | Cast) for c in choices) and given[name].is_floating_point()
-        }
+        leaves = {name: given[name].detach().requires_grad_() for name in self.watched}
         with torch.enable_grad():
             outputs = _Differentiable(backward).run(*({**given, **leaves}.values()))
         flat = [o for o in _torch.pytree.tree_leaves(outputs) if isinstance(o, Tensor) and o.is_floating_point()]
         size = sum(float(o.detach().double().square().sum()) for o in flat)
         depending = [o for o in flat if o.requires_grad]
-        if depending and leaves and size:
+        if depending and size:
             for name, squares in self.columns(depending, leaves).items():
-                for choice in watched[name]:
-                    if isinstance(choice.codec, Quantize | Cast):
-                        activation = choice.activation
-                        noted = self.found.setdefault(activation.key, Noises(leaves[name].numel()))
-                        noise = _noise(leaves[name].detach(), squares, choice) / size
-                        noted.by_codec[choice.codec] += noise / self.steps
+                for choice in self.watched[name]:
+                    noted = self.found.setdefault(choice.activation.key, Noises(leaves[name].numel()))
+                    noise = _noise(leaves[name].detach(), squares, choice) / size
+                    noted.by_codec[choice.codec] += noise / self.steps
         return _torch.pytree.tree_map_only(Tensor, Tensor.detach, outputs)
 
     def columns(self, outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:

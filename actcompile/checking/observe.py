@@ -16,7 +16,7 @@ from actcompile.passes.codecs.codecs import Quantize
 from actcompile.passes.codecs.standardise import columns_alike, standard
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import memory_order
-from actcompile.passes.plan.plan import Choice
+from actcompile.passes.plan.plan import Choice, Plan, Policy
 from actcompile.passes.spare.dropout import dropout
 
 from ..backend import cut, decide, fuse
@@ -47,41 +47,68 @@ def observed(
         config: what would be quantised, and how; `options` change single fields of it.
         dynamic: as in `torch.compile`.
     """
-    made = Config.make(config, **options)
+    return unrounded(model, Config.make(config, **options), lambda: _Looking(look), dynamic)
+
+
+class Watcher:
+    """What is done with one graph that runs op by op and rounds nothing; by itself nothing."""
+
+    def planned(self, plan: Plan, policy: Policy) -> None:
+        """Is told what would be rounded, before forward and backward are asked for."""
+
+    def forward(self, graph: fx.GraphModule, inputs: list[Any]) -> Any:
+        return _torch.boxed_nop(graph, inputs)
+
+    def backward(self, graph: fx.GraphModule, inputs: list[Any]) -> Any:
+        return _torch.boxed_nop(graph, inputs)
+
+
+def unrounded(
+    model: Callable[..., Any], config: Config, watcher: Callable[[], Watcher], dynamic: bool | None = None
+) -> Callable[..., Any]:
+    """`model` in the graphs that `config.inner` would compile, up to the plan: run op by op, each with its watcher."""
 
     @capture_sizes
-    def observing(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        watched: dict[str, Choice] = {}
+    def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        watching = watcher()
 
         def partition(
             joint: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int, **keywords: Any
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
-            if made.fast_dropout:
+            if config.fast_dropout:
                 dropout(joint, num_fwd_outputs)
-            fuse(joint, num_fwd_outputs, made, keywords)
+            fuse(joint, num_fwd_outputs, config, keywords)
             split = cut(joint, joint_inputs, num_fwd_outputs, **keywords)
-            chosen = decide(split, made.policy(), made)[0].choices
-            watched.update({_encoded(c).name: c for c in chosen if isinstance(c.codec, Quantize)})
+            policy = config.policy()
+            watching.planned(decide(split, policy, config)[0], policy)
             split.finish()
             return split.forward, split.backward
 
         def after_joint_passes(joint: fx.GraphModule, joint_inputs: Sequence[object], **keywords: Any) -> Any:
-            return _torch.inductor_partition(joint, joint_inputs, Partition(partition), **keywords)
-
-        def interpreted(forward: fx.GraphModule, _: Sequence[object]) -> Any:
-            return _torch.make_boxed_func(_Observer(forward, watched, look).run)
+            return _torch.inductor_partition(joint, joint_inputs, _Partitioner(partition), **keywords)
 
         compiler = _torch.aot_autograd(
-            fw_compiler=interpreted,
-            bw_compiler=_torch.boxed_nop,
+            fw_compiler=watching.forward,
+            bw_compiler=watching.backward,
             inference_compiler=_torch.boxed_nop,
-            partition_fn=partition if made.inner == "aot_eager" else after_joint_passes,
+            partition_fn=partition if config.inner == "aot_eager" else after_joint_passes,
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,
         )
         return compiler(gm, inputs)
 
-    return torch.compile(model, backend=observing, dynamic=dynamic, **isolated())
+    return torch.compile(model, backend=compile_graph, dynamic=dynamic, **isolated())
+
+
+class _Looking(Watcher):
+    def __init__(self, look: Look) -> None:
+        self.look = look
+
+    def planned(self, plan: Plan, policy: Policy) -> None:
+        self.watched = {_encoded(c).name: c for c in plan.choices if isinstance(c.codec, Quantize)}
+
+    def forward(self, graph: fx.GraphModule, inputs: list[Any]) -> Any:
+        return _torch.make_boxed_func(_Observer(graph, self.watched, self.look).run)
 
 
 def _encoded(choice: Choice) -> fx.Node:
@@ -90,7 +117,7 @@ def _encoded(choice: Choice) -> fx.Node:
     return found.result if found and found.result.users else choice.activation.node
 
 
-class Partition(_torch.CustomPartitionerFn):
+class _Partitioner(_torch.CustomPartitionerFn):
     """A function as what Inductor takes for a partitioner; nothing that it makes is cached."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

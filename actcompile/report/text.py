@@ -1,6 +1,7 @@
 """What views of reports have in common: bytes, reasons and tables as text."""
 
 import io
+import math
 import shutil
 import sys
 
@@ -36,10 +37,11 @@ def share(number: float) -> str:
 
 
 def human(nbytes: int) -> str:
-    """Bytes for people, three digits and more: `512 B`, `8.19 KB`, `16.4 MB` (MB = 10**6 bytes), `1,388 MB`."""
+    """Bytes for people, three digits and more: `512 B`, `8.19 KB`, `16.4 MB` (10**6 bytes), `1,388 MB`, `819 GB`."""
     if nbytes < 1000:
         return f"{nbytes} B"
-    unit, value = ("KB", nbytes / 1e3) if nbytes < 999_500 else ("MB", nbytes / 1e6)
+    units = (("KB", 1e3, 999_500), ("MB", 1e6, 10**11), ("GB", 1e9, math.inf))
+    unit, value = next((unit, nbytes / size) for unit, size, end in units if nbytes < end)
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:,.{digits}f} {unit}"
 

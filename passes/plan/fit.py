@@ -54,9 +54,6 @@ class Wish:
             return "seconds" if math.isfinite(self.error) else "noise"
         return "peak"
 
-    def __bool__(self) -> bool:
-        return any(map(math.isfinite, (self.peak, self.error, self.seconds)))
-
 
 @dataclass(frozen=True)
 class Point:

@@ -68,39 +68,6 @@ class Lifetime:
         return tuple(str(size) for size in self.node.meta["val"].shape)
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Live bytes at every position of a step, of which the first `forward` are those of the forward graph."""
-
-    live: tuple[int, ...]
-    forward: int
-    lifetimes: tuple[Lifetime, ...]
-
-    @property
-    def peak(self) -> int:
-        return max(self.live, default=0)
-
-    @property
-    def at(self) -> int:
-        """The position of the peak, the first of several."""
-        return self.live.index(self.peak) if self.live else 0
-
-    def alive(self, position: int) -> list[Lifetime]:
-        """What is alive at a position, the largest first."""
-        return sorted((m for m in self.lifetimes if m.first <= position <= m.last), key=lambda m: -m.nbytes)
-
-
-def profile(split: Split, fuses: bool) -> Profile:
-    """Live bytes over a step of both graphs as they are.
-
-    Args:
-        fuses: whether the graphs are compiled by Inductor, which fuses, or run op by op.
-    """
-    found = lifetimes(split, fuses)
-    forward, backward = len(split.forward.graph.nodes), len(split.backward.graph.nodes)
-    return Profile(live_bytes(found, forward + backward), forward, tuple(found))
-
-
 def live_bytes(lifetimes: Iterable[Lifetime], positions: int) -> tuple[int, ...]:
     """Their sum at each position."""
     changes = [0] * (positions + 1)
@@ -115,7 +82,11 @@ def live_bytes(lifetimes: Iterable[Lifetime], positions: int) -> tuple[int, ...]
 
 
 def lifetimes(split: Split, fuses: bool) -> list[Lifetime]:
-    """The memory of everything that the two graphs make; see `profile`."""
+    """The memory of everything that the two graphs make.
+
+    Args:
+        fuses: whether the graphs are compiled by Inductor, which fuses, or run op by op.
+    """
     start = len(split.forward.graph.nodes)
     end = start + len(split.backward.graph.nodes) - 1
     outputs = {root(n) for n in split.user_outputs if isinstance(n, fx.Node)}
