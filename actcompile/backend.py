@@ -16,6 +16,7 @@ from torch import fx
 import actcompile
 from actcompile.passes.codecs import lowerings  # noqa: F401  registers the lowerings of casts
 from actcompile.passes.codecs.standardise import offer
+from actcompile.passes.edges.by_node import by_node
 from actcompile.passes.edges.edges import Fused, edges
 from actcompile.passes.graph import _torch  # noqa: F401  registers the lowerings of casts
 from actcompile.passes.graph.bias import Dependence, bias
@@ -110,7 +111,10 @@ def _copied(module: fx.GraphModule) -> fx.GraphModule:
 def fuse(joint: fx.GraphModule, num_fwd_outputs: int, config: Config, options: Mapping[str, Any]) -> list[Fused]:
     """Fuses the message passing of a joint graph, in place; `options` are those of `partition`."""
     sizes(joint.graph)
-    return edges(joint.graph, num_fwd_outputs, parameters_of(joint, options)) if config.fuse else []
+    if not config.fuse:
+        return []
+    by_node(joint.graph)
+    return edges(joint.graph, num_fwd_outputs, parameters_of(joint, options))
 
 
 def cut(

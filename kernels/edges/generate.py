@@ -6,6 +6,7 @@ in float32 for 16-bit tensors, in float64 where an operand or a result is of flo
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 
 from .program import OPS, REDUCTIONS, Operand, Output, Program, parse
@@ -87,10 +88,18 @@ ARGUMENTS += "const int32_t* const* index, int64_t nodes, int64_t heads, int64_t
 @lru_cache(maxsize=1024)
 def generate(text: str) -> str:
     """The source of a function `run` that does what the program written down as `text` does."""
-    return HEAD + _Source(parse(text)).function()
+    program = parse(text)
+    return HEAD + real(program) + Source(program).function()
 
 
-class _Source:
+def real(program: Program) -> str:
+    """Defines T, the type that is computed in."""
+    return f"typedef {'double' if program.is_double else 'float'} T;\n"
+
+
+class Source:
+    """Writes the source of a program, edge by edge."""
+
     def __init__(self, program: Program) -> None:
         self.program = program
         ends: tuple[Operand | Output, ...] = (*program.operands, *program.outputs)
@@ -100,6 +109,7 @@ class _Source:
         self.folded = [i for i, o in enumerate(program.outputs) if o.kind in REDUCTIONS]
         self.bits_in = [i for i, o in enumerate(program.operands) if o.dtype == "bits"]
         self.bits_out = [i for i, o in enumerate(program.outputs) if o.dtype == "bits"]
+        self.shown: Collection[int] | None = None  # the steps that results are computed with, if not all
         self.apart = [i for i in self.folded if not self._in_place(i)]  # summed up in a row of their own, then stored
 
     def _in_place(self, output: int) -> bool:
@@ -108,18 +118,19 @@ class _Source:
     def function(self) -> str:
         program = self.program
         lines = [
-            f"typedef {'double' if self.double else 'float'} T;",
             f'extern "C" void run({ARGUMENTS}) {{',
             "const int64_t H = heads, C = columns, HC = heads * columns, edges = pointer[nodes], work = edges + nodes;",
             *(f"const auto* const o{i} = (const {TYPES[o.dtype]}*)in[{i}];" for i, o in enumerate(program.operands)),
             *(f"auto* const r{i} = ({TYPES[o.dtype]}*)out[{i}];" for i, o in enumerate(program.outputs)),
+            *self._before(),
             "const int64_t chunks = threads > 1 ? threads * 16 : 1;",
             "#pragma omp parallel num_threads(threads)",
             "{",
-            *(f"std::vector<T> row{i}({_width(program.outputs[i].level)});" for i in self.apart),
-            *(f"std::vector<uint8_t> in_bits{i}({_width(program.operands[i].level)} + 8);" for i in self.bits_in),
-            *(f"std::vector<uint8_t> out_bits{i}({_width(program.outputs[i].level)} + 8);" for i in self.bits_out),
-            "#pragma omp for schedule(dynamic, 1)",
+            *(f"std::vector<T> row{i}({self.width(program.outputs[i].level)});" for i in self.apart),
+            *(f"std::vector<uint8_t> in_bits{i}({self.width(program.operands[i].level)} + 8);" for i in self.bits_in),
+            *(f"std::vector<uint8_t> out_bits{i}({self.width(program.outputs[i].level)} + 8);" for i in self.bits_out),
+            *self._thread(),
+            f"#pragma omp for schedule({self.schedule})",
             "for (int64_t chunk = 0; chunk < chunks; chunk++) {",
             "int64_t ends[2];",
             "for (int64_t s = 0; s < 2; s++) {  // the first node before which there is so much work",
@@ -130,49 +141,72 @@ class _Source:
             "}",
             "ends[s] = chunk + s == chunks ? nodes : low;",
             "}",
-            "for (int64_t i = ends[0]; i < ends[1]; i++) {",
-            *self._begin(),
-            "for (int64_t k = pointer[i]; k < pointer[i + 1]; k++) {",
-            *self._edge(),
+            *self._chunk(),
             "}",
-            *self._end(),
-            "} } } }",
+            *self._thread_done(),
+            "}",
+            *self._after(),
+            "}",
         ]
         return "\n".join(lines) + "\n"
 
-    def _begin(self) -> list[str]:
+    schedule = "dynamic, 1"
+
+    def width(self, level: str) -> str:
+        """The number of elements in a row, in C++."""
+        return {"": "1", "h": "H", "c": "C", "hc": "HC"}[level]
+
+    def at(self, level: str) -> str:
+        """Where in a row an element is, in C++, after a number."""
+        return {"": "", "h": " + h", "c": " + c", "hc": " + h * C + c"}[level]
+
+    def _before(self) -> list[str]:
+        """What comes before threads begin; then, what each does before and after its chunks, and what comes last."""
+        return []
+
+    def _thread(self) -> list[str]:
+        return []
+
+    def _thread_done(self) -> list[str]:
+        return []
+
+    def _after(self) -> list[str]:
+        return []
+
+    def _chunk(self) -> list[str]:
+        """Goes over the nodes of a chunk, from `ends[0]` up to `ends[1]`."""
+        everything = range(len(self.program.operands))
+        return [
+            "for (int64_t i = ends[0]; i < ends[1]; i++) {",
+            *self._rows_of_node("i", everything),
+            *self._begin(),
+            "for (int64_t k = pointer[i]; k < pointer[i + 1]; k++) {",
+            *self._rows_of_edge(everything, "k + 3 < edges ? k + 3 : k"),
+            *self._results(),
+            "}",
+            *self._end(),
+            "}",
+        ]
+
+    def _rows_of_node(self, node: str, needed: Iterable[int]) -> list[str]:
+        """Points at the rows of operands that are the same for all edges of a node."""
         lines = []
-        for i, operand in enumerate(self.program.operands):
+        for i in needed:
+            operand = self.program.operands[i]
             if operand.where == "take" and operand.index < 0:
-                lines.append(f"const auto* const __restrict p{i} = o{i} + i * {_width(operand.level)};")
+                lines.append(f"const auto* const __restrict p{i} = o{i} + {node} * {self.width(operand.level)};")
             elif operand.where == "all":
                 lines.append(f"const auto* const __restrict p{i} = o{i};")
-        for i in self.folded:
-            output = self.program.outputs[i]
-            size = _width(output.level)
-            where = f"row{i}.data()" if i in self.apart else f"r{i} + i * {size}"
-            lines.append(f"T* const __restrict a{i} = {where};")
-            lines.append(f"for (int64_t f = 0; f < {size}; f++) a{i}[f] = {START[output.kind]};")
         return lines
 
-    def _end(self) -> list[str]:
-        lines = []
-        for i in self.folded:
-            output = self.program.outputs[i]
-            size = _width(output.level)
-            if output.kind != "sum":  # no edges: zero
-                lines.append(f"if (pointer[i] == pointer[i + 1]) for (int64_t f = 0; f < {size}; f++) a{i}[f] = 0;")
-            if i in self.apart:
-                lines.append(f"for (int64_t f = 0; f < {size}; f++) store(r{i}, i * {size} + f, a{i}[f]);")
-        return lines
-
-    def _edge(self) -> list[str]:
-        program = self.program
+    def _rows_of_edge(self, needed: Iterable[int], later: str) -> list[str]:
+        """Points at the rows of operands for edge `k`; those that edge `later` needs are fetched."""
+        operands = {i: self.program.operands[i] for i in needed}
         lines = ["const int64_t e = order ? order[k] : k;"]
-        for j in sorted({o.index for o in program.operands if o.where == "take" and o.index >= 0}):
-            lines.append(f"const int64_t n{j} = index[{j}][k], next{j} = index[{j}][k + 3 < edges ? k + 3 : k];")
-        for i, operand in enumerate(program.operands):
-            width = _width(operand.level)
+        for j in sorted({o.index for o in operands.values() if o.where == "take" and o.index >= 0}):
+            lines.append(f"const int64_t n{j} = index[{j}][k], next{j} = index[{j}][{later}];")
+        for i, operand in operands.items():
+            width = self.width(operand.level)
             if operand.where == "take" and operand.index >= 0:
                 lines.append(f"const auto* const __restrict p{i} = o{i} + n{operand.index} * {width};")
                 ahead = f"(const char*)(o{i} + next{operand.index} * {width})"
@@ -183,34 +217,71 @@ class _Source:
                 lines.append(f"const uint8_t* const __restrict p{i} = in_bits{i}.data();")
             elif operand.where == "edge":
                 lines.append(f"const auto* const __restrict p{i} = o{i} + e * {width};")
+        return lines
+
+    def _begin(self) -> list[str]:
+        """Begins the sums and extrema of a node."""
+        return [
+            *self._accumulators(),
+            *(
+                f"for (int64_t f = 0; f < {self.width(o.level)}; f++) a{i}[f] = {START[o.kind]};"
+                for i, o in enumerate(self.program.outputs)
+                if i in self.folded
+            ),
+        ]
+
+    def _accumulators(self) -> list[str]:
+        """Points at what the edges of a node are added up in."""
+        lines = []
+        for i in self.folded:
+            where = f"r{i} + i * {self.width(self.program.outputs[i].level)}"
+            lines.append(f"T* const __restrict a{i} = {f'row{i}.data()' if i in self.apart else where};")
+        return lines
+
+    def _end(self) -> list[str]:
+        """Ends them."""
+        lines = []
+        for i in self.folded:
+            output = self.program.outputs[i]
+            size = self.width(output.level)
+            if output.kind != "sum":  # no edges: zero
+                lines.append(f"if (pointer[i] == pointer[i + 1]) for (int64_t f = 0; f < {size}; f++) a{i}[f] = 0;")
+            if i in self.apart:
+                lines.append(f"for (int64_t f = 0; f < {size}; f++) store(r{i}, i * {size} + f, a{i}[f]);")
+        return lines
+
+    def _results(self) -> list[str]:
+        """Computes what an edge adds to results, or is written down of it."""
+        program = self.program
+        lines = []
         lines += [f"uint8_t* const __restrict b{i} = out_bits{i}.data();" for i in self.bits_out]
-        lines += self._steps("")
+        lines += self._steps("", self.shown)
         for i, output in enumerate(program.outputs):
             if _nest(output) == "" and output.kind != "dot":
                 lines.append(self._write(i, output))
         if self.levels != {""} or any(o.kind == "dot" for o in program.outputs):
             lines += [f"for (int64_t h = 0; h < {'H' if self.has_heads else '1'}; h++) {{", *self._head(), "}"]
         for i in self.bits_out:
-            width = _width(program.outputs[i].level)
+            width = self.width(program.outputs[i].level)
             lines.append(f"pack(b{i}, {width}, r{i} + e * (({width} + 7) / 8));")
         return lines
 
     def _head(self) -> list[str]:
         program = self.program
-        lines = self._steps("h")
+        lines = self._steps("h", self.shown)
         dots = [i for i, o in enumerate(program.outputs) if o.kind == "dot"]
         lines += [self._write(i, o) for i, o in enumerate(program.outputs) if _nest(o) == "h" and o.kind != "dot"]
         inner = [i for i, o in enumerate(program.outputs) if _nest(o) in ("c", "hc") or o.kind == "dot"]
         if inner:
             lines += [f"T d{i} = 0;" for i in dots]
             sums = f" reduction(+: {', '.join(f'd{i}' for i in dots)})" if dots else ""
-            lines += [f"#pragma omp simd{sums}", "for (int64_t c = 0; c < C; c++) {", *self._steps("c")]
+            lines += [f"#pragma omp simd{sums}", "for (int64_t c = 0; c < C; c++) {", *self._steps("c", self.shown)]
             for i in inner:
                 output = program.outputs[i]
                 lines.append(f"d{i} += {self._value(output.value)};" if i in dots else self._write(i, output))
             lines.append("}")
             lines += [
-                f"store(r{i}, e * {_width(program.outputs[i].level)}{_at(program.outputs[i].level)}, d{i});"
+                f"store(r{i}, e * {self.width(program.outputs[i].level)}{self.at(program.outputs[i].level)}, d{i});"
                 for i in dots
             ]
         return lines
@@ -218,10 +289,10 @@ class _Source:
     def _write(self, i: int, output: Output) -> str:
         level, kind, value = output.level, output.kind, self._value(output.value)
         if output.dtype == "bits":
-            return f"b{i}[0{_at(level)}] = {value};"
+            return f"b{i}[0{self.at(level)}] = {value};"
         if kind == "edge":
-            return f"store(r{i}, e * {_width(level)}{_at(level)}, {value});"
-        place = f"a{i}[0{_at(level)}]"
+            return f"store(r{i}, e * {self.width(level)}{self.at(level)}, {value});"
+        place = f"a{i}[0{self.at(level)}]"
         once = "h" in level or _nest(output) == "" or not self.has_heads
         new = {
             "sum": f"{place} + {value}" if once else f"{place} + (h ? T(0) : T({value}))",
@@ -230,11 +301,13 @@ class _Source:
         }
         return f"{place} = {new[kind]};"
 
-    def _steps(self, loop: str) -> list[str]:
-        """The steps that are computed in a loop: over nothing, heads, or columns."""
+    def _steps(self, loop: str, only: Collection[int] | None = None) -> list[str]:
+        """The steps that are computed in a loop: over nothing, heads, or columns; of these, `only` some."""
         lines = []
         for i, step in enumerate(self.program.steps):
-            if ("c" if "c" in step.level else step.level) == loop:
+            if only is not None and i not in only:
+                continue
+            if step.op != "product" and ("c" if "c" in step.level else step.level) == loop:
                 values = [self._value(a) for a in step.arguments]
                 lines.append(f"const auto v{i} = {OPS[step.op][0].format(*values)};")
         return lines
@@ -248,15 +321,7 @@ class _Source:
         if argument[0] == "v":
             return argument
         i = int(argument[1:])
-        return f"load(p{i}, 0{_at(self.program.operands[i].level)})"
-
-
-def _width(level: str) -> str:
-    return {"": "1", "h": "H", "c": "C", "hc": "HC"}[level]
-
-
-def _at(level: str) -> str:
-    return {"": "", "h": " + h", "c": " + c", "hc": " + h * C + c"}[level]
+        return f"load(p{i}, 0{self.at(self.program.operands[i].level)})"
 
 
 def _nest(output: Output) -> str:

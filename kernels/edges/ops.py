@@ -15,8 +15,9 @@ from torch import Tensor
 from .._cpp import I32, I64, P, compile_source
 from ..cuda import forms
 from .generate import generate
+from .generate_products import generate_products
 from .group import MOST, Grouping, group, grouping, row_of
-from .program import REDUCTIONS, Operand, Output, Program, Step, dtype_of, parse, row_size, run_reference
+from .program import Operand, Output, Program, Step, dtype_of, parse, row_size, rows_of, run_reference
 
 RUN = {"run": (P, P, P, P, P, I64, I64, I64, I32)}
 _compilers = ThreadPoolExecutor(2, "actcompile-compile")
@@ -54,7 +55,7 @@ def edges(
             for as long as the tensor `by` lives. That is for tensors that live on, as inputs of a model do.
 
     Returns:
-        for each output of the program (nodes, width), or (edges, width).
+        for each output of the program (nodes, width), (edges, width), or (inner axis, width).
 
     Raises:
         IndexError: an index names a node that there isn't.
@@ -64,13 +65,14 @@ def edges(
 
 @edges.register_fake
 def _(program, by, by_row, nodes, heads, columns, indices, rows, operands, grouped):
+    parsed = parse(program)
     return [
         by.new_empty(
-            nodes if output.kind in REDUCTIONS else by.shape[-1],
-            row_size(output, heads, columns),
+            rows_of(parsed, output, nodes, by.shape[-1]),
+            row_size(output, heads, columns, parsed.inner),
             dtype=dtype_of(output),
         )
-        for output in parse(program).outputs
+        for output in parsed.outputs
     ]
 
 
@@ -150,7 +152,8 @@ def prepare(text: str, device: torch.device) -> None:
 def _begun(text: str) -> Future[ctypes.CDLL | None]:
     with _lock:
         if text not in _kernels:
-            _kernels[text] = _compilers.submit(lambda: compile_source(generate(text), RUN))
+            source = generate_products if parse(text).inner else generate
+            _kernels[text] = _compilers.submit(lambda: compile_source(source(text), RUN))
         return _kernels[text]
 
 
@@ -181,8 +184,8 @@ def _run(
     ]
     results = [
         torch.empty(
-            nodes if output.kind in REDUCTIONS else count,
-            row_size(output, heads, columns),
+            rows_of(program, output, nodes, count),
+            row_size(output, heads, columns, program.inner),
             dtype=dtype_of(output),
             device=by.device,
         )
@@ -196,7 +199,7 @@ def kernel_for(device: torch.device, text: str) -> Run | None:
     """What runs a program on a device; None where that is the reference."""
     if device.type == "cuda":
         run = forms().edges
-        return None if run is None else partial(run, text)
+        return None if run is None or parse(text).inner else partial(run, text)
     library = compiled(text) if device.type == "cpu" else None
     return None if library is None else partial(_run_cpp, library)
 

@@ -5,7 +5,8 @@ the edge, or the same row for all; computes on their elements; and adds the resu
 or the smallest, or writes it down for the edge. Nothing exists for more than one edge at a time.
 
 A row has up to two axes, heads `h` and columns `c`. Every operand and value has some of them, its *level*: `"hc"`,
-`"h"`, `"c"` or `""`, and is the same along the others. Sizes are no part of a program: one program serves all widths.
+`"h"`, `"c"` or `""`, and is the same along the others. Their sizes are no part of a program: one program serves all
+widths. What is multiplied with a matrix is a row of one *inner* axis, `x`, `y`, ..., whose size the program has.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 REDUCTIONS = {"sum": 0.0, "max": -math.inf, "min": math.inf}  # -> what they begin with
+INNER = "xyzuvw"  # the inner axes that a program can have
 
 
 @dataclass(frozen=True)
 class Operand:
     """A tensor that is read by rows.
 
-    where: "take", the row of the node that index `index` names; "edge", the row of the edge; "all", the only row. An
-        index of -1 is the one that edges are grouped by.
+    where: "take", the row of the node that index `index` names; "edge", the row of the edge; "all", the only row;
+        "matrix", a matrix to multiply with, of (inner axis, row), whose level begins with the inner axis. An index of
+        -1 is the one that edges are grouped by.
     dtype: a name of torch's; or "bits", for rows of edges as uint8, eight elements in each, the first in the lowest.
     """
 
@@ -39,7 +43,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation on numbers. Arguments are numbers, `"o0"` for an operand, or `"v0"` for an earlier step's value."""
+    """One operation on numbers. Arguments are numbers, `"o0"` for an operand, or `"v0"` for an earlier step's value.
+
+    "product" multiplies a row of an inner axis with a matrix, which is an operand.
+    """
 
     op: str
     arguments: tuple[str | float, ...]
@@ -51,7 +58,7 @@ class Output:
     """What is made of a value.
 
     kind: one of `REDUCTIONS`, over a node's edges; "edge", written down for each edge; "dot", its sum over columns,
-        written down for each edge.
+        written down for each edge; "outer", the sum over all edges of `other`, a row of an inner axis, times `value`.
     dtype: as of an operand; "bits" for comparisons that are written down.
     """
 
@@ -59,6 +66,7 @@ class Output:
     value: str
     level: str
     dtype: str
+    other: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Program:
     operands: tuple[Operand, ...]
     steps: tuple[Step, ...]
     outputs: tuple[Output, ...]
+    inner: tuple[int, ...] = ()  # the sizes of the axes of `INNER`, in their order
 
     def dump(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -91,18 +100,27 @@ def parse(text: str) -> Program:
         tuple(Operand(**o) for o in data["operands"]),
         tuple(Step(s["op"], tuple(s["arguments"]), s["level"]) for s in data["steps"]),
         tuple(Output(**o) for o in data["outputs"]),
+        tuple(data["inner"]),
     )
 
 
-def width(level: str, heads: int, columns: int) -> int:
-    """The number of elements in a row."""
-    return (heads if "h" in level else 1) * (columns if "c" in level else 1)
+def width(level: str, heads: int, columns: int, inner: Sequence[int] = ()) -> int:
+    """The number of elements in a row; of a matrix, in all of it."""
+    sizes = {"h": heads, "c": columns, **dict(zip(INNER, inner, strict=False))}
+    return math.prod(sizes[axis] for axis in level)
 
 
-def row_size(part: Operand | Output, heads: int, columns: int) -> int:
+def row_size(part: Operand | Output, heads: int, columns: int, inner: Sequence[int] = ()) -> int:
     """The number of elements of its tensor in which a row is kept."""
-    size = width(part.level, heads, columns)
+    size = width(part.level, heads, columns, inner)
     return -(-size // 8) if part.dtype == "bits" else size
+
+
+def rows_of(program: Program, output: Output, nodes: Any, edges: Any) -> Any:
+    """The number of rows of a result."""
+    if output.kind == "outer":
+        return width(program.level_of(output.other), 1, 1, program.inner)
+    return nodes if output.kind in REDUCTIONS else edges
 
 
 def dtype_of(part: Operand | Output) -> torch.dtype:
@@ -150,9 +168,9 @@ OPS = {  # name -> C++, with T the type that is computed in; the same in torch; 
 COMPARING = frozenset(("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not"))
 
 
-def shape(level: str, heads: int, columns: int) -> tuple[int, int]:
-    """A row's shape, for broadcasting."""
-    return heads if "h" in level else 1, columns if "c" in level else 1
+def shape(level: str, heads: int, columns: int, inner: Sequence[int] = ()) -> tuple[int, int]:
+    """A row's shape, for broadcasting; an inner axis takes the place of the columns."""
+    return heads if "h" in level else 1, width(level.replace("h", ""), 1, columns, inner)
 
 
 def run_reference(
@@ -171,21 +189,30 @@ def run_reference(
         by, indices: int64 or int32, (edges,).
 
     Returns:
-        (nodes, width) or (edges, width) for each output.
+        (nodes, width), (edges, width), or (inner axis, width) for each output.
     """
     edges = by.shape[0]
+    inner = program.inner
     real = torch.float64 if program.is_double else torch.float32  # what is computed in
     values: dict[str, Tensor] = {}
     for i, (operand, tensor) in enumerate(zip(program.operands, operands, strict=True)):
         if operand.dtype == "bits":
-            tensor = _unpacked(tensor, width(operand.level, heads, columns))
+            tensor = _unpacked(tensor, width(operand.level, heads, columns, inner))
+        if operand.where == "matrix":
+            values[f"o{i}"] = tensor.to(real)
+            continue
         count = 1 if operand.where == "all" else tensor.shape[0]
-        rows = tensor.reshape(count, *shape(operand.level, heads, columns))
+        rows = tensor.reshape(count, *shape(operand.level, heads, columns, inner))
         if operand.where == "take":
             rows = rows[by if operand.index < 0 else indices[operand.index]]
         values[f"o{i}"] = rows if rows.dtype == torch.bool else rows.to(real)
     for i, step in enumerate(program.steps):
         arguments = [values[a] if isinstance(a, str) else a for a in step.arguments]
+        if step.op == "product":
+            row, matrix = arguments
+            product = row.expand(edges, -1, -1).flatten(1) @ matrix  # type: ignore[union-attr]
+            values[f"v{i}"] = product.view(edges, *shape(step.level, heads, columns, inner))
+            continue
         if step.op in ("maximum", "minimum", "where"):
             like = next(a for a in arguments if isinstance(a, Tensor) and (a.dtype != torch.bool or step.op != "where"))
             arguments = [a if isinstance(a, Tensor) else torch.full_like(like[:1, :1, :1], a) for a in arguments]
@@ -197,8 +224,10 @@ def run_reference(
     for output in program.outputs:
         value = values[output.value]
         level = output.level + "c" if output.kind == "dot" else output.level
-        value = value.expand(edges, *shape(level, heads, columns))
-        if output.kind == "dot":
+        value = value.expand(edges, *shape(level, heads, columns, inner))
+        if output.kind == "outer":
+            value = values[output.other].expand(edges, -1, -1).flatten(1).T @ value.flatten(1)
+        elif output.kind == "dot":
             value = value.sum(2, keepdim=True)
         elif output.kind in REDUCTIONS:
             value = value.to(real) if value.dtype == torch.bool else value
@@ -208,7 +237,7 @@ def run_reference(
             else:
                 index = by.long().view(-1, 1, 1).expand_as(value)
                 value = start.scatter_reduce(0, index, value, f"a{output.kind}", include_self=False)
-        value = value.reshape(value.shape[0], width(output.level, heads, columns))
+        value = value.reshape(value.shape[0], width(output.level, heads, columns, inner))
         results.append(packed(value) if output.dtype == "bits" else value.to(dtype_of(output)))
     return results
 

@@ -28,11 +28,12 @@ from actcompile.kernels.edges.ops import aggregation, prepare
 from ..graph import _torch
 from ..graph.bodies import BODY, PARTIAL
 from ..graph.split import Split, call, inherit_origin, is_tensor, writes
-from .regions import Region, Unfit, is_computable, is_float, region
-from .takes import COPIES, Index, Reduction, Take, original, reduction_of, take_of
+from .regions import LARGEST, Region, Unfit, is_computable, is_float, product_of, region
+from .takes import COPIES, Index, Reduction, Take, is_transposed, original, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 BY = {ops.edges.default: 1, ops.aggregate.default: 4}  # the position of the index that edges are grouped by
+DEEPEST = 2  # products one after another in a region; what comes after them begins at rows of edges in memory
 EQUALITIES = (aten.eq.Tensor, aten.ne.Tensor)
 
 
@@ -77,12 +78,14 @@ class _Fusing:
         placeholders = graph.find_nodes(op="placeholder")
         self.of_tangents = _descendants(n for n in placeholders if "tangents" in n.name)
         self.of_parameters = _descendants(n for n in placeholders if n.name in parameters)
-        self.made_of_rows: set[fx.Node] = set()
+        self.made_of_rows: dict[fx.Node, int] = {}  # -> through how many products
+        self.narrower: dict[fx.Node, bool] = {}
         for node in graph.nodes:
-            if is_tensor(node) and (_takes_floats(node) or is_computable(node) and self._reads_rows(node)):
-                self.made_of_rows.add(node)
+            if is_tensor(node) and (_takes_floats(node) or is_computable(node) or product_of(node) is not None):
+                self._follow(node)
         self.grouped: dict[tuple[Index, str], tuple[fx.Node, fx.Node]] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.swapped: set[fx.Node] = set()  # products along edges that are made the other way round
         self.matrices: dict[fx.Node, fx.Node] = {}  # for regions that end with no sum by node: rows of those nodes
         self.fused: list[Fused] = []
 
@@ -99,7 +102,7 @@ class _Fusing:
                 continue
             if made is not None:
                 found[node] = made
-                masks.update(made.masks if isinstance(made, Region) else ())
+                masks.update(filter(self.taken, made.masks) if isinstance(made, Region) else ())
         for mask in masks:
             try:
                 found[mask] = self._apart(mask, mask, "edge", exact=lambda _: False)
@@ -132,9 +135,11 @@ class _Fusing:
             linear = self._linear(reduction)
             if linear is not None:
                 return None if _adds_atomically(node) else (*linear, reduction)
-            nodes = node.meta["val"].shape[0]
-            return region(node, reduction.value, reduction.kind, reduction.index, nodes, self.taken, self._exact(node))
+            nodes, exact = node.meta["val"].shape[0], self._exact(node)
+            return region(node, reduction.value, reduction.kind, reduction.index, nodes, self.computed, exact)
         match node:
+            case fx.Node(target=aten.mm.default, args=(fx.Node() as one, fx.Node() as other)) if is_transposed(one):
+                return self._outer(node, one, other)
             case fx.Node(target=aten.sum.dim_IntList, args=(fx.Node() as value, [*dims], *_)) if not node.kwargs:
                 if not self.taken(value) or _width(value) == 1:
                     return None
@@ -149,13 +154,38 @@ class _Fusing:
         return None
 
     def _apart(
-        self, node: fx.Node, value: fx.Node, kind: str, exact: Callable[[fx.Node], bool] | None = None
+        self,
+        node: fx.Node,
+        value: fx.Node,
+        kind: str,
+        exact: Callable[[fx.Node], bool] | None = None,
+        other: fx.Node | None = None,
     ) -> Region:
         """A region that does not end with a sum by node: it goes by what most of its rows are taken by."""
-        takes = sorted(self._takes(value, set()), key=lambda t: -_width(t.matrix))
+        seen: set[fx.Node] = set()
+        found = [take for rows in (value, other) if rows is not None for take in self._takes(rows, seen)]
+        takes = sorted(found, key=lambda t: -_width(t.matrix))
         by, nodes = takes[0].index, takes[0].matrix.meta["val"].shape[0]
         self.matrices[node] = takes[0].matrix
-        return region(node, value, kind, by, nodes, self.taken, exact or self._exact(node))
+        return region(node, value, kind, by, nodes, self.computed, exact or self._exact(node), other)
+
+    def _outer(self, node: fx.Node, transposed: fx.Node, other: fx.Node) -> Region | None:
+        """A product along edges: one of its matrices is made of taken rows, the other may be."""
+        rows = transposed.args[0]
+        if node.meta["val"].device.type != "cpu" or not isinstance(rows, fx.Node):
+            return None
+        sizes = node.meta["val"].shape
+        if not (self.taken(rows) or self.taken(other)):
+            return None
+        if not all(isinstance(size, int) for size in sizes) or not 0 < sizes[0] * sizes[1] <= LARGEST:
+            return None
+        try:
+            made = self._apart(node, other, "outer", other=rows)
+        except Unfit:  # the rows of one inner axis have heads, perhaps
+            made = self._apart(node, rows, "outer", other=other)
+            self.swapped.add(node)
+        made.inside.append(transposed)
+        return made
 
     def _agree(self, found: dict[fx.Node, Any]) -> None:
         """Leaves an extremum as it is where what compares messages with it is not fused, and the other way round.
@@ -211,12 +241,41 @@ class _Fusing:
             outputs = tuple(replace(o, dtype="bits") if made.end in packed else o for o in program.outputs)
             made.program = replace(program, operands=operands, outputs=outputs)
 
+    def _follow(self, node: fx.Node) -> None:
+        """Notes what is made of taken rows by what a program can do, through `DEEPEST` products at most."""
+        rows = product_of(node)
+        sources = [rows] if rows is not None else [] if _takes_floats(node) else node.all_input_nodes
+        products = [self.made_of_rows[n] for n in sources if n in self.made_of_rows]
+        depth = max(products, default=0) + (rows is not None)
+        if (products or _takes_floats(node)) and depth <= DEEPEST:
+            self.made_of_rows[node] = depth
+
     def taken(self, node: fx.Node) -> bool:
         """Whether a node is made of taken rows by what a program can do."""
         return node in self.made_of_rows
 
-    def _reads_rows(self, node: fx.Node) -> bool:
-        return not self.made_of_rows.isdisjoint(node.all_input_nodes)
+    def computed(self, node: fx.Node) -> bool:
+        """Whether programs compute a node of rows of edges, rather than read it: it is made of taken rows, or by
+        products of rows of edges that are half as wide at most."""
+        if node in self.made_of_rows:
+            return True
+        if node not in self.narrower:
+            leaves: dict[fx.Node, int] = {}
+            products = self._leaves(node, leaves)
+            self.narrower[node] = 0 < products <= DEEPEST and 2 * sum(leaves.values()) <= _width(node)
+        return self.narrower[node]
+
+    def _leaves(self, node: fx.Node, leaves: dict[fx.Node, int]) -> int:
+        """Finds what rows of edges are made of, and returns through how many products, of those in a row, that is."""
+        rows = product_of(node)
+        sources = [rows] if rows is not None else node.all_input_nodes if is_computable(node) else []
+        edges = node.meta["val"].shape[0]
+        sources = [n for n in sources if is_tensor(n) and n.meta["val"].dim() > 1]
+        sources = [n for n in sources if _torch.known_true(n.meta["val"].shape[0] == edges)]
+        if not sources or any(self.taken(n) for n in sources) or node.meta["val"].dtype is torch.bool:
+            leaves[node] = _width(node)
+            return 0
+        return max(self._leaves(n, leaves) for n in sources) + (rows is not None)
 
     def _exact(self, end: fx.Node) -> Callable[[fx.Node], bool]:
         """Whether a comparison that backward needs is one of forward's values."""
@@ -234,7 +293,7 @@ class _Fusing:
         take = take_of(node)
         if take is not None:
             yield take
-        elif is_computable(node):
+        elif self.taken(node):
             for operand in node.all_input_nodes:
                 if self.taken(operand):
                     yield from self._takes(operand, seen)
@@ -310,6 +369,8 @@ class _Fusing:
             value = end.meta["val"]
             if made.program.outputs[0].dtype == "bits":
                 return part
+            if kind == "outer":
+                return call(graph, aten.permute.default, part, [1, 0], like=end) if end in self.swapped else part
             if kind == "sum" and reduction is None:  # over all edges: over those of each node, then over nodes
                 part = call(graph, aten.sum.dim_IntList, part, [0], like=end)
                 part.meta[PARTIAL] = True

@@ -151,9 +151,10 @@ class Counted:
             yield from (((by, -1), (index, -1)) for index in (*indices, *grouped[1:]))
         elif node.target is operator.getitem and _maker(node).target is ops.edges.default:
             text, by, *_ = _maker(node).args
-            if parse(text).outputs[args[1]].kind in REDUCTIONS:
+            kind = parse(text).outputs[args[1]].kind
+            if kind in REDUCTIONS:
                 self.into.append((node, 0))
-            else:
+            elif kind != "outer":  # of weights
                 yield (by, -1), (node, 0)
         elif node.target is operator.getitem and _maker(node).target is ops.group_edges.default and args[1] == 1:
             yield (_maker(node).args[0], -1), (node, 0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from actcompile.kernels.edges.program import COMPARING, Operand, Output, Program, Step
+from actcompile.kernels.edges.program import COMPARING, INNER, Operand, Output, Program, Step
 
 from ..graph import _torch
 from ..graph.split import is_tensor
@@ -41,10 +41,12 @@ POINTWISE = {
 }  # fmt: skip
 SHAPES = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
 KEEPING = ("neg", "abs", "relu", "maximum", "minimum", "where")  # of 16-bit numbers they make others
+PRODUCTS = (aten.mm.default, aten.addmm.default)
+LARGEST = 1 << 14  # elements of a matrix that rows of edges are multiplied with: it stays in a core's cache
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)  # on any device
 
 Axes = tuple[str, ...]
-"""Which axes of a row each dimension of a value but the first goes along: "h", "c", both ("hc"), or none ("")."""
+"""Which axes of a row each dimension of a value but the first goes along: "h", "c", "hc", an inner one, or none."""
 
 
 class Unfit(Exception):
@@ -89,7 +91,8 @@ class Builder:
     Args:
         by: what edges are grouped by.
         nodes: the number of nodes that `by` names.
-        taken: whether a node is computed from taken rows, op by op, within regions.
+        taken: whether a node is computed from taken rows, op by op, within regions; or, of rows of edges alone, whether
+            it is computed there from narrower ones.
         exact: whether a comparison may not be made here, for what it compares may be rounded: it is an operand.
     """
 
@@ -106,6 +109,7 @@ class Builder:
     steps: list[Step] = field(default_factory=list)
     inside: list[fx.Node] = field(default_factory=list)
     masks: list[fx.Node] = field(default_factory=list)
+    inner: dict[fx.Node, int] = field(default_factory=dict)  # what is multiplied: the sizes of inner axes, in order
     known: dict[tuple[fx.Node, Axes], str | float] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
 
@@ -137,6 +141,8 @@ class Builder:
             result = self.value(source, self._before(node, source, axes))
         elif node.target in SAME:
             result = self.value(node.args[0], axes)  # type: ignore[arg-type]
+        elif node.target in PRODUCTS:
+            result = self._product(node, axes)
         else:
             op = POINTWISE[node.target]  # type: ignore[index]
             count = 1 if op in ("float", "neg") else len(node.args)
@@ -150,6 +156,35 @@ class Builder:
             result = f"v{len(self.steps) - 1}"
         self.inside.append(node)
         return result
+
+    def row(self, node: fx.Node) -> tuple[str, str] | None:
+        """The argument that stands for rows of an inner axis, and that axis; None where there is none left."""
+        if node not in self.inner:
+            if len(self.inner) == len(INNER):
+                return None
+            self.inner[node] = node.meta["val"].shape[1]
+        axis = INNER[list(self.inner).index(node)]
+        made = self.value(node, (axis if self.inner[node] != 1 else "",))
+        if not isinstance(made, str):
+            raise Unfit("a product of the same number for all edges")
+        return made, axis
+
+    def _product(self, node: fx.Node, axes: Axes) -> str:
+        """Rows times a matrix, perhaps with a bias, which is added before 16-bit numbers are rounded."""
+        *bias, rows, weights = node.args
+        found = self.row(rows)  # type: ignore[arg-type]
+        if found is None:
+            return self._operand("edge", -1, node, axes)
+        row, axis = found
+        matrix = self._operand("matrix", -1, weights, (axis, *axes))  # type: ignore[arg-type]
+        level = _join(*axes)
+        self.steps.append(Step("product", (row, matrix), level))
+        if bias:
+            added = self._operand("all", -1, bias[0], axes)  # type: ignore[arg-type]
+            self.steps.append(Step("add", (f"v{len(self.steps) - 1}", added), level))
+        if node.meta["val"].dtype.itemsize == 2:
+            self.steps.append(Step(str(node.meta["val"].dtype)[6:], (f"v{len(self.steps) - 1}",), level))
+        return f"v{len(self.steps) - 1}"
 
     def _argument(self, argument: object, user: fx.Node, axes: Axes) -> str | float:
         """An argument of a pointwise op, broadcast to its user's dimensions."""
@@ -185,7 +220,8 @@ class Builder:
     def _operand(self, where: str, index: int, node: fx.Node, axes: Axes) -> str:
         if node.meta["val"].device != self.by.tensor.meta["val"].device:
             raise Unfit("a number on another device")
-        operand = Operand(where, index, _join(*axes), str(self._dtype(node))[6:])
+        level = "".join(axes) if where == "matrix" else _join(*axes)
+        operand = Operand(where, index, level, str(self._dtype(node))[6:])
         for i, (known, other) in enumerate(zip(self.operands, self.nodes_read, strict=True)):
             if known == operand and other is node:
                 return f"o{i}"
@@ -221,7 +257,7 @@ class Builder:
             if len(sizes) != len(axes) + 1:
                 raise Unfit("an expanded tensor of other dimensions")
             return tuple("" if _torch.known_true(s == 1) else a for s, a in zip(sizes[1:], axes, strict=True))
-        extents = {"h": self.heads, "c": self.columns}
+        extents = {"h": self.heads, "c": self.columns, **dict(zip(INNER, self.inner.values(), strict=False))}
         atoms = [axis for group in axes for axis in group]
         result = []
         for size in sizes[1:]:
@@ -246,11 +282,12 @@ def region(
     nodes: object,
     taken: Callable[[fx.Node], bool],
     exact: Callable[[fx.Node], bool],
+    other: fx.Node | None = None,
 ) -> Region:
     """Writes the region that ends with `end`, which is made of the rows of `value`.
 
     Args:
-        kind: as in `Output`.
+        kind, other: as in `Output`.
 
     Raises:
         Unfit: it can't be written as a program.
@@ -271,12 +308,12 @@ def region(
     names = iter(("h", "c") if len(wide) == 2 else ("c",))
     axes = tuple(next(names) if size != 1 else "" for size in sizes)
     try:
-        return _written(end, value, axes, kind, by, nodes, heads, columns, taken, exact)
+        return _written(end, value, axes, kind, by, nodes, heads, columns, taken, exact, other)
     except _Finer as finer:
         if kind == "dot":
             raise Unfit("a sum over heads and columns") from None
         axes = tuple("hc" if axis else "" for axis in axes)
-        return _written(end, value, axes, kind, by, nodes, *finer.sizes, taken, exact)
+        return _written(end, value, axes, kind, by, nodes, *finer.sizes, taken, exact, other)
 
 
 def _written(
@@ -290,6 +327,7 @@ def _written(
     columns: int,
     taken: Callable[[fx.Node], bool],
     exact: Callable[[fx.Node], bool],
+    other: fx.Node | None,
 ) -> Region:
     builder = Builder(by, nodes, heads, columns, taken, exact)
     made = builder.value(value, axes)
@@ -298,8 +336,12 @@ def _written(
     level = _join(*axes)
     if heads > 1 and "h" not in level:
         raise Unfit("rows without heads in a region with heads")
-    output = Output(kind, made, level.replace("c", "") if kind == "dot" else level, str(end.meta["val"].dtype)[6:])
-    program = Program(tuple(builder.operands), tuple(builder.steps), (output,))
+    left = builder.row(other) if other is not None else None
+    if other is not None and left is None:
+        raise Unfit("too many products")
+    dtype = str(end.meta["val"].dtype)[6:]
+    output = Output(kind, made, level.replace("c", "") if kind == "dot" else level, dtype, left[0] if left else "")
+    program = Program(tuple(builder.operands), tuple(builder.steps), (output,), tuple(builder.inner.values()))
     return Region(end, by, heads, columns, program, builder.indices, builder.nodes_read, builder.inside, builder.masks)
 
 
@@ -324,6 +366,22 @@ def is_computable(node: fx.Node) -> bool:
     if op in ("and", "or", "not"):
         return all(a.meta["val"].dtype is torch.bool for a in arguments)
     return is_float(node) or op in COMPARING
+
+
+def product_of(node: fx.Node) -> fx.Node | None:
+    """The rows that a node multiplies with a matrix, as a program can do it; None where it does something else."""
+    if node.target not in PRODUCTS or node.kwargs:
+        return None
+    *bias, rows, weights = node.args
+    if not all(isinstance(n, fx.Node) and is_tensor(n) for n in node.args):
+        return None
+    values = [n.meta["val"] for n in (node, rows, weights, *bias)]  # type: ignore[union-attr]
+    if len({v.dtype for v in values}) > 1 or not is_float(node) or any(v.device.type != "cpu" for v in values):
+        return None
+    sizes = values[2].shape
+    if not all(isinstance(size, int) for size in sizes) or not 0 < sizes[0] * sizes[1] <= LARGEST:
+        return None
+    return None if bias and values[3].dim() != 1 else rows  # type: ignore[return-value]
 
 
 def _is_handled(node: fx.Node) -> bool:
@@ -354,6 +412,4 @@ def _is_scaled_mask(node: fx.Node) -> bool:
 
 def _join(*levels: str) -> str:
     """The axes that any of some levels has."""
-    return ("h" if any("h" in level for level in levels) else "") + (
-        "c" if any("c" in level for level in levels) else ""
-    )
+    return "".join(axis for axis in "hc" + INNER if any(axis in level for level in levels))

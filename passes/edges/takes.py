@@ -81,6 +81,14 @@ def original(node: fx.Node) -> fx.Node:
     return node
 
 
+def is_transposed(node: object) -> bool:
+    """Whether a node is another matrix, transposed."""
+    match node:
+        case fx.Node(target=aten.permute.default, args=(_, [1, 0] | [-1, -2])):
+            return True
+    return False
+
+
 def take_of(node: fx.Node) -> Take | None:
     """What rows a node takes, or None where it does something else."""
     match node:

@@ -225,11 +225,11 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
-def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
+def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
     """Inserts a call at the graph's insertion point, with its fake value, and with the origin of `like`."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     with _torch.fake_values(graph):
-        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
     if like is not None:
         inherit_origin(node, like)
     return node

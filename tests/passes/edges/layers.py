@@ -24,6 +24,69 @@ class Own(pyg.MessagePassing):
         return self.function(x_i, x_j, e)
 
 
+def mlp(size_in, size_out=WIDTH):
+    return nn.Sequential(nn.Linear(size_in, WIDTH), nn.ReLU(), nn.Linear(WIDTH, size_out))
+
+
+class Learned(Own):
+    """A layer whose message is a module's of both ends and the edge."""
+
+    def __init__(self, module, **options):
+        super().__init__(None, **options)
+        self.function = module
+
+
+class MLPOf(nn.Module):
+    """Layers on what a function makes of both ends and the edge."""
+
+    def __init__(self, function, *layers):
+        super().__init__()
+        self.function, self.layers = function, nn.Sequential(*layers)
+
+    def forward(self, *rows):
+        return self.layers(self.function(*rows))
+
+
+class Filtered(nn.Module):
+    """A neighbour times a filter made of the edge, as SchNet's."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Sequential(nn.Linear(EDGE, 9), nn.Softplus(), nn.Linear(9, WIDTH))
+
+    def forward(self, x_i, x_j, e):
+        return x_j * self.filter(e[:, :EDGE])
+
+
+class Mesh(nn.Module):
+    """Two layers that update edges and nodes, with LayerNorm and residual sums, as MeshGraphNets."""
+
+    def __init__(self):
+        super().__init__()
+        self.nodes, self.edges = nn.Linear(FEATURES, WIDTH), nn.Linear(EDGE, WIDTH)
+        self.on_edges = nn.ModuleList(nn.Sequential(mlp(3 * WIDTH), nn.LayerNorm(WIDTH)) for _ in range(2))
+        self.on_nodes = nn.ModuleList(nn.Sequential(mlp(2 * WIDTH), nn.LayerNorm(WIDTH)) for _ in range(2))
+
+    def forward(self, x, edge_index, edge_attr):
+        x, e = self.nodes(x), self.edges(edge_attr)
+        for on_edges, on_nodes in zip(self.on_edges, self.on_nodes, strict=True):
+            e = e + on_edges(torch.cat([x[edge_index[0]], x[edge_index[1]], e], -1))
+            x = x + on_nodes(torch.cat([x, scatter(e, edge_index[1], 0, x.shape[0])], -1))
+        return x
+
+
+class Decoder(nn.Module):
+    """One number for each edge, from a layer's rows of both ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.score = pyg.SAGEConv(FEATURES, WIDTH), mlp(2 * WIDTH, 1)
+
+    def forward(self, x, edge_index, edge_attr):
+        x = self.layer(x, edge_index)
+        return self.score(torch.cat([x[edge_index[0]], x[edge_index[1]]], -1)) * edge_attr[:, :1]
+
+
 class Plain(nn.Module):
     """Message passing without PyG."""
 
@@ -55,10 +118,6 @@ class Deep(nn.Module):
 
     def forward(self, x, *graph):
         return self.second(self.norm(self.first(x, *graph)).relu(), *graph)
-
-
-def mlp(size_in, size_out=WIDTH):
-    return nn.Sequential(nn.Linear(size_in, WIDTH), nn.ReLU(), nn.Linear(WIDTH, size_out))
 
 
 def attention_by_hand(x, edge_index, _):
@@ -160,6 +219,41 @@ LAYERS = {  # name -> layer; what it takes beside x and edges: "", "weight" (edg
         "attr",
     ),
     "own across": (lambda: Own(lambda i, j, e: (F.relu((i + j).view(-1)) * 2).view(-1, 8), aggr="sum"), "attr"),
+    "EdgeConv mean": (lambda: pyg.EdgeConv(mlp(2 * IN), aggr="mean"), ""),
+    "EdgeConv sum": (lambda: pyg.EdgeConv(mlp(2 * IN, 5), aggr="sum"), ""),
+    "learned": (lambda: Learned(MLPOf(lambda i, j, e: j, nn.Linear(WIDTH, WIDTH)), aggr="mean"), "attr"),
+    "learned of edges": (
+        lambda: Learned(MLPOf(lambda i, j, e: torch.cat([i, j, e], -1), *mlp(3 * WIDTH, 19)), aggr="max"),
+        "attr",
+    ),
+    "learned of three": (
+        lambda: Learned(
+            MLPOf(
+                lambda i, j, e: torch.cat([(i - j).square().sum(-1, keepdim=True), j, e[:, :2]], -1),
+                *[nn.Linear(WIDTH + 3, 17), nn.SiLU(), nn.Linear(17, 9), nn.SiLU(), nn.Linear(9, WIDTH), nn.SiLU()],
+            ),
+            aggr="sum",
+        ),
+        "attr",
+    ),
+    "learned of a difference": (
+        lambda: Learned(MLPOf(lambda i, j, e: torch.cat([j - i, e], -1), *mlp(2 * WIDTH)), aggr="max"),
+        "attr",
+    ),
+    "learned with a norm": (
+        lambda: Learned(MLPOf(lambda i, j, e: i + j, nn.Linear(WIDTH, 12), nn.BatchNorm1d(12), nn.ReLU())),
+        "attr",
+    ),
+    "filtered": (lambda: Learned(Filtered(), aggr="sum"), "attr"),
+    "mesh": (Mesh, "attr"),
+    "decoder": (Decoder, "attr"),
+    "PNA edges": (
+        lambda: pyg.PNAConv(
+            IN, WIDTH, ["mean", "min"], ["identity"], torch.tensor([1, 3, 5, 2]), edge_dim=EDGE, towers=2, pre_layers=2
+        ),
+        "attr",
+    ),
+    "two EdgeConv": (lambda: Deep(pyg.EdgeConv(mlp(2 * IN)), pyg.EdgeConv(mlp(2 * WIDTH))), ""),
     "by hand": (lambda: Plain(attention_by_hand), "attr"),
     "index_add": (lambda: Plain(index_add), "attr"),
     "segment": (lambda: Plain(segments), "attr"),

@@ -1,0 +1,270 @@
+"""C++ of a program with matrix products: edges in tiles of eight, so that a matrix is read once for eight rows.
+
+Tiles go over the edges in the order of their nodes, across nodes. For each product the rows that it needs are computed
+first, then multiplied; what was multiplied is not computed again. Matrices and rows are padded to whole vectors.
+
+What is summed up over all edges, the outer products of two rows, is summed up by each thread in a matrix of its own,
+and there over 1,024 edges at a time, so that not all of them round at the size of the whole sum. Threads have the same
+edges every time, so sums are the same for the same number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+from .generate import HEAD, Source, real
+from .program import INNER, Output, Program, parse
+
+TILE = 8
+PRODUCTS = r"""
+#include <algorithm>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __AVX512F__
+#define BYTES 64
+#else
+#define BYTES 32
+#endif
+typedef T vec __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
+static const int64_t LANES = BYTES / sizeof(T), TILE = 8;
+static inline int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+static inline vec at(const T* p) { return *(const vec*)p; }
+static inline void put(T* p, vec x) { *(vec*)p = x; }
+// `size` vectors of the products of eight rows of `inner` elements with a matrix of rows of `stride`.
+template <int64_t size>
+static inline void columns_of(const T* a, const T* w, T* out, int64_t inner, int64_t stride) {
+  vec c[TILE][size] = {};
+  for (int64_t x = 0; x < inner; x++) {
+    for (int64_t s = 0; s < size; s++) {
+      const vec row = at(w + x * stride + s * LANES);
+      for (int64_t m = 0; m < TILE; m++) c[m][s] += a[m * inner + x] * row;
+    }
+  }
+  for (int64_t m = 0; m < TILE; m++)
+    for (int64_t s = 0; s < size; s++) put(out + m * stride + s * LANES, c[m][s]);
+}
+static inline void product(const T* a, const T* w, T* out, int64_t inner, int64_t stride) {
+  int64_t f = 0;
+  for (; f + 2 * LANES <= stride; f += 2 * LANES) columns_of<2>(a, w + f, out + f, inner, stride);
+  if (f < stride) columns_of<1>(a, w + f, out + f, inner, stride);
+}
+// Adds the outer products of eight pairs of rows to a matrix.
+static inline void outer(const T* a, const T* b, T* sum, int64_t inner, int64_t stride) {
+  for (int64_t f = 0; f < stride; f += LANES) {
+    vec row[TILE];
+    for (int64_t m = 0; m < TILE; m++) row[m] = at(b + m * stride + f);
+    for (int64_t x = 0; x < inner; x++) {
+      vec total = at(sum + x * stride + f);
+      for (int64_t m = 0; m < TILE; m++) total += a[m * inner + x] * row[m];
+      put(sum + x * stride + f, total);
+    }
+  }
+}
+static inline void flush(std::vector<T>& part, std::vector<T>& sum) {
+  for (size_t f = 0; f < sum.size(); f++) { sum[f] += part[f]; part[f] = 0; }
+}
+"""
+
+
+@lru_cache(maxsize=1024)
+def generate_products(text: str) -> str:
+    """The source of a function `run` that does what the program written down as `text` does."""
+    program = parse(text)
+    return HEAD + real(program) + PRODUCTS + _Tiled(program).function()
+
+
+class _Tiled(Source):
+    schedule = "static"
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.products = [i for i, step in enumerate(program.steps) if step.op == "product"]
+        self.outer = [i for i, output in enumerate(program.outputs) if output.kind == "outer"]
+        self.shown = self._needed([output.value for output in program.outputs])[0]
+
+    def width(self, level: str) -> str:
+        if level and level[0] in INNER:  # an inner axis, or a matrix
+            size = str(self.program.inner[INNER.index(level[0])])
+            return size if len(level) == 1 else f"{size} * {self.width(level[1:])}"
+        return super().width(level)
+
+    def at(self, level: str) -> str:
+        return f" + {level}" if level in tuple(INNER) else super().at(level)
+
+    def _axis(self, product: int) -> str:
+        """The inner axis of a product."""
+        return self._matrix(product)[1][0]
+
+    def _matrix(self, product: int) -> tuple[int, str]:
+        """The operand that a product multiplies with, and its level."""
+        i = int(str(self.program.steps[product].arguments[1])[1:])
+        return i, self.program.operands[i].level
+
+    def _before(self) -> list[str]:
+        lines = []
+        for t in self.products:
+            i, level = self._matrix(t)
+            inner, width = self.width(level[0]), self.width(level[1:])
+            lines += [
+                f"const int64_t stride{t} = padded({width});",
+                f"std::vector<T> matrix{t}({inner} * stride{t});",
+                f"for (int64_t x = 0; x < {inner}; x++) for (int64_t f = 0; f < {width}; f++)",
+                f"matrix{t}[x * stride{t} + f] = load(o{i}, x * {width} + f);",
+            ]
+        for i in self.outer:
+            inner, width = self._sizes(i)
+            lines += [
+                f"const int64_t wide{i} = padded({width});",
+                f"std::vector<std::vector<T>> sums{i}(threads, std::vector<T>({inner} * wide{i}));",
+            ]
+        return lines
+
+    def _sizes(self, output: int) -> tuple[str, str]:
+        """The number of rows and of columns of a sum of outer products."""
+        made = self.program.outputs[output]
+        return self.width(self.program.level_of(made.other)), self.width(made.level)
+
+    def _thread(self) -> list[str]:
+        lines = ["int64_t node[TILE];"]
+        for t in self.products:
+            inner = self.width(self._axis(t))
+            lines.append(f"std::vector<T> in{t}(TILE * {inner}), tile{t}(TILE * stride{t});")
+        for i in self.outer:
+            inner, _ = self._sizes(i)
+            lines.append(f"std::vector<T> left{i}(TILE * {inner}), right{i}(TILE * wide{i});")
+            lines.append(f"std::vector<T> part{i}({inner} * wide{i}), sum{i}({inner} * wide{i});")
+        if self.outer:
+            lines.append("int64_t tiles = 0;")
+        return lines
+
+    def _thread_done(self) -> list[str]:
+        lines = []
+        for i in self.outer:
+            lines += [
+                f"flush(part{i}, sum{i});",
+                "#ifdef _OPENMP",
+                f"sums{i}[omp_get_thread_num()] = sum{i};",
+                "#else",
+                f"sums{i}[0] = sum{i};",
+                "#endif",
+            ]
+        return lines
+
+    def _after(self) -> list[str]:
+        lines = []
+        for i in self.outer:
+            inner, width = self._sizes(i)
+            lines += [
+                f"for (int64_t x = 0; x < {inner}; x++) for (int64_t f = 0; f < {width}; f++) {{",
+                "T total = 0;",
+                f"for (auto& sum : sums{i}) total += sum[x * wide{i} + f];",
+                f"store(r{i}, x * {width} + f, total);",
+                "}",
+            ]
+        return lines
+
+    def _chunk(self) -> list[str]:
+        lines = []
+        if self.folded:  # nodes without edges
+            lines += ["for (int64_t i = ends[0]; i < ends[1]; i++) {", "if (pointer[i] == pointer[i + 1]) {"]
+            lines += [*self._begin(), *self._end(), "}", "}"]
+        lines += [
+            "int64_t next = ends[0];",
+            "const int64_t last = pointer[ends[1]];",
+            "for (int64_t first = pointer[ends[0]]; first < last; first += TILE) {",
+            "const int64_t count = last - first < TILE ? last - first : TILE;",
+            "for (int64_t m = 0; m < count; m++) {",
+            "while (pointer[next + 1] <= first + m) next++;",
+            "node[m] = next;",
+            "}",
+        ]
+        for i in self.outer:
+            inner, _ = self._sizes(i)
+            lines += [
+                f"if (count < TILE) std::fill(left{i}.begin(), left{i}.end(), T(0));",
+                f"if (count < TILE) std::fill(right{i}.begin(), right{i}.end(), T(0));",
+            ]
+        for t in self.products:
+            value = self.program.steps[t].arguments[0]
+            lines += self._filled(f"in{t}", str(value), self._axis(t))
+            lines.append(
+                f"product(in{t}.data(), matrix{t}.data(), tile{t}.data(), {self.width(self._axis(t))}, stride{t});"
+            )
+        for i in self.outer:
+            other = self.program.outputs[i].other
+            lines += self._filled(f"left{i}", other, self.program.level_of(other))
+        lines += [
+            *self._each([o.value for o in self.program.outputs]),
+            *self._accumulators(),
+            "if (k == pointer[i]) {",
+            *self._begin()[len(self.folded) :],
+            "}",
+            *self._results(),
+            "if (k + 1 == pointer[i + 1]) {",
+            *self._end(),
+            "}",
+            "}",
+        ]
+        for i in self.outer:
+            inner, _ = self._sizes(i)
+            lines.append(f"outer(left{i}.data(), right{i}.data(), part{i}.data(), {inner}, wide{i});")
+        if self.outer:
+            lines += ["if (++tiles % 128 == 0) {", *(f"flush(part{i}, sum{i});" for i in self.outer), "}"]
+        return [*lines, "}"]
+
+    def _filled(self, buffer: str, value: str, axis: str) -> list[str]:
+        """Computes rows of an inner axis, or of one number, one for each edge of the tile."""
+        size, axis = self.width(axis), axis or INNER[0]
+        steps, _, _ = self._needed([value])
+        return [
+            *self._each([value]),
+            f"T* const __restrict row = {buffer}.data() + m * {size};",
+            *self._steps("", steps),
+            "#pragma omp simd",
+            f"for (int64_t {axis} = 0; {axis} < {size}; {axis}++) {{",
+            *self._steps(axis, steps),
+            f"row[{axis}] = {self._value(value)};",
+            "}",
+            "}",
+        ]
+
+    def _each(self, values: Iterable[str]) -> list[str]:
+        """Begins a loop over the edges of the tile, with what is read for some values."""
+        _, operands, products = self._needed(values)
+        return [
+            "for (int64_t m = 0; m < count; m++) {",
+            "const int64_t k = first + m, i = node[m];",
+            *self._rows_of_node("i", operands),
+            *self._rows_of_edge(operands, "k + TILE < edges ? k + TILE : k"),
+            *(f"const T* const __restrict q{t} = tile{t}.data() + m * stride{t};" for t in products),
+        ]
+
+    def _needed(self, values: Iterable[str]) -> tuple[set[int], list[int], list[int]]:
+        """The steps, operands and results of products that values are computed of."""
+        steps: set[int] = set()
+        operands: set[int] = set()
+        products: set[int] = set()
+        todo = list(values)
+        while todo:
+            name = todo.pop()
+            i = int(name[1:])
+            if name[0] == "o":
+                operands.add(i)
+            elif i in self.products:
+                products.add(i)
+            elif i not in steps:
+                steps.add(i)
+                todo += [a for a in self.program.steps[i].arguments if isinstance(a, str)]
+        return steps, sorted(operands), sorted(products)
+
+    def _write(self, i: int, output: Output) -> str:
+        if output.kind == "outer":
+            return f"right{i}[m * wide{i}{self.at(output.level)}] = {self._value(output.value)};"
+        return super()._write(i, output)
+
+    def _value(self, argument: str | float) -> str:
+        if isinstance(argument, str) and argument[0] == "v" and int(argument[1:]) in self.products:
+            return f"q{argument[1:]}[0{self.at(self.program.level_of(argument))}]"
+        return super()._value(argument)

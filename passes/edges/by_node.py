@@ -1,0 +1,336 @@
+"""`by_node`: products of messages are made once for each node, instead of for each of its edges.
+
+A layer that multiplies weights with rows that it has taken of nodes, `W [x_i, x_j, e]`, computes each node's product as
+often as the node has edges, and holds what it multiplied and what came out in rows of edges. In the joint graph, before
+regions are looked for:
+
+- `W [x_i, x_j - x_i, e] = ((W_1 - W_2) x)_i + (W_2 x)_j + W_3 e`: rows are taken of products.
+- `sum_e W m_e = W sum_e m_e`: what is summed up by node is multiplied after that.
+- `sum_e g_e x_e^T = sum_i (sum_e g_e) x_i^T`: so are gradients of weights.
+
+Each of them is another order of the same sums. It is done where there are fewer nodes than edges. A difference of rows
+is not pulled apart unless one of the two is multiplied by itself, too: of positions that are nearly the same, say, the
+difference of the products would be less exact than the product of the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import _torch
+from ..graph.split import call, is_tensor
+from .takes import Index, Reduction, Take, is_transposed, original, reduction_of, take_of
+
+aten, prims = torch.ops.aten, torch.ops.prims
+LINEAR = (aten.mm.default, aten.addmm.default)
+DEEPEST = 100  # ops between a product and a sum over edges
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that are taken of what `chain` makes of a matrix: ops that do the same to each row, first to last."""
+
+    take: Take
+    chain: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns of a matrix with a row for each edge.
+
+    node: the matrix of these columns; None where they are only `terms`.
+    terms: the rows that they are a sum of, each with its sign; none where they are made otherwise.
+    """
+
+    width: int
+    node: fx.Node | None
+    terms: tuple[tuple[int, Rows], ...] = ()
+
+
+def by_node(joint: fx.Graph) -> list[fx.Node]:
+    """Moves products of a joint graph from edges to nodes, in place; returns what stands for them now."""
+    return _ByNode(joint).run()
+
+
+class _ByNode:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.sums: dict[tuple[fx.Node, Index, str], fx.Node] = {}  # rows of edges, by node -> their sums
+        self.made: dict[str, fx.Node] = {}
+        self.moved: list[fx.Node] = []
+        self.of_products: dict[fx.Node, int] = {}  # what is linear in a product, through so many ops
+
+    def run(self) -> list[fx.Node]:
+        for node in list(self.graph.nodes):
+            if not is_tensor(node) or node.kwargs:
+                continue
+            self._follow(node)
+            with self.graph.inserting_before(node):
+                new = self._rewritten(node)
+            if new is not None:
+                self._replace(node, new)
+        for node in list(self.graph.nodes):
+            self._sum_of_sums(node)
+        if self.moved:
+            self.graph.eliminate_dead_code()
+        return self.moved
+
+    def _follow(self, node: fx.Node) -> None:
+        """Notes whether a value is linear in a product, through ops that `_sum` goes through."""
+        if node.target is aten.mm.default:
+            self.of_products[node] = 0
+        through = [self.of_products[v] for v in map(original, _linear_in(node)) if v in self.of_products]
+        if through and max(through) < DEEPEST:
+            self.of_products[node] = 1 + max(through)
+
+    def _replace(self, node: fx.Node, new: fx.Node) -> None:
+        node.replace_all_uses_with(new)
+        self.moved.append(new)
+
+    def _rewritten(self, node: fx.Node) -> fx.Node | None:
+        reduction = reduction_of(node)
+        if reduction is not None and reduction.kind == "sum" and self._pays(node, reduction.value):
+            return self._summed_first(node, reduction)
+        if node.target in LINEAR:
+            args: list[Any] = list(node.args)
+            *bias, one, other = args
+            if is_transposed(one) and not bias:
+                return self._weights(node, one.args[0], other)
+            return self._taken_of_products(node, one, other, *bias)
+        return None
+
+    # W [x_i, x_j, e]
+
+    def _taken_of_products(self, node: fx.Node, rows: fx.Node, weights: fx.Node, bias: Any = None) -> fx.Node | None:
+        parts = self._parts(rows)
+        if parts is None:
+            return None
+        start, rest = 0, []
+        of_rows: dict[Rows, fx.Node] = {}
+        for part in parts:
+            columns = self._slice(weights, 0, start, start + part.width, like=node)
+            start += part.width
+            if not part.terms:
+                rest.append((part.node, columns))
+            for sign, taken in part.terms:
+                of_rows[taken] = self._plus(of_rows.get(taken), sign, columns, like=node)
+        result = None
+        if rest:
+            left = rest[0][0] if len(rest) == 1 else self._call(node, aten.cat.default, [n for n, _ in rest], 1)
+            right = rest[0][1] if len(rest) == 1 else self._call(node, aten.cat.default, [w for _, w in rest], 0)
+            result = self._call(node, aten.mm.default, left, right)
+        for taken, columns in of_rows.items():
+            matrix = self._matrix(taken, node)
+            if bias is not None and _is_row(bias):
+                product, bias = self._call(node, aten.addmm.default, bias, matrix, columns), None
+            else:
+                product = self._call(node, aten.mm.default, matrix, columns)
+            row = self._call(node, aten.index.Tensor, product, [self._index(taken.take.index, node)])
+            result = row if result is None else self._call(node, aten.add.Tensor, result, row)
+        return result if bias is None else self._call(node, aten.add.Tensor, result, bias)
+
+    # sum_e W m_e
+
+    def _summed_first(self, node: fx.Node, reduction: Reduction) -> fx.Node | None:
+        if original(reduction.value) not in self.of_products:
+            return None
+        size = reduction.nodes if reduction.nodes is not None else self._rows_of(reduction.base, node)
+        result = self._sum(reduction.value, reduction.index, size, node)
+        return result if reduction.base is None else self._call(node, aten.add.Tensor, reduction.base, result)
+
+    def _sum(self, value: fx.Node, index: Index, nodes: object, like: fx.Node) -> fx.Node:
+        """The sums of rows of edges by node, which products are made of."""
+        value = original(value)
+        key = value, index, str(_size(nodes))
+        if key in self.sums:
+            return self.sums[key]
+        if value not in self.of_products:
+            sizes = value.meta["val"]
+            start = self._call(like, aten.full.default, [nodes, *sizes.shape[1:]], 0.0, dtype=sizes.dtype,
+                               layout=torch.strided, device=sizes.device, pin_memory=False)  # fmt: skip
+            where = self._index(index, like)
+            result = self._call(like, aten.index_put.default, start, [where], value, True)
+        elif value.target is aten.mm.default:
+            rows = self._sum(value.args[0], index, nodes, like)  # type: ignore[arg-type]
+            result = self._call(like, aten.mm.default, rows, value.args[1])
+        else:
+            inside = _linear_in(value)
+            args = [self._sum(a, index, nodes, like) if a in inside else a for a in value.args]  # type: ignore[arg-type]
+            result = self._call(like, value.target, *args)
+        self.sums[key] = result
+        return result
+
+    # sum_e g_e x_e^T
+
+    def _weights(self, node: fx.Node, one: fx.Node, other: fx.Node) -> fx.Node | None:
+        """The product of two matrices along their edges."""
+        for left, right, dim in ((other, one, 1), (one, other, 0)):
+            parts = self._parts(left)
+            if parts is None:
+                continue
+            blocks = [self._block(node, part, right, dim) for part in parts]
+            return blocks[0] if len(blocks) == 1 else self._call(node, aten.cat.default, blocks, dim)
+        return None
+
+    def _block(self, node: fx.Node, part: Part, other: fx.Node, dim: int) -> fx.Node:
+        if not part.terms:
+            return self._along_rows(node, part.node, other, dim)
+        result: fx.Node | None = None
+        for sign, taken in part.terms:
+            matrix = self._matrix(taken, node)
+            sums = self._sum(other, taken.take.index, self._rows_of(matrix, node), node)
+            result = self._plus(result, sign, self._along_rows(node, matrix, sums, dim), like=node)
+        assert result is not None
+        return result
+
+    def _along_rows(self, node: fx.Node, matrix: Any, other: fx.Node, dim: int) -> fx.Node:
+        first, second = (other, matrix) if dim else (matrix, other)
+        transposed = self._call(node, aten.permute.default, first, [1, 0])
+        return self._call(node, aten.mm.default, transposed, second)
+
+    def _sum_of_sums(self, node: fx.Node) -> None:
+        """A sum over all edges is one over nodes, where their sums are made anyway."""
+        match node:
+            case fx.Node(target=aten.sum.dim_IntList, args=(fx.Node() as value, [0], *_)) if not node.kwargs:
+                for (rows, _, _), sums in self.sums.items():
+                    if rows is original(value) and sums < node:
+                        node.replace_input_with(value, sums)
+                        return
+
+    # rows of edges
+
+    def _parts(self, value: fx.Node) -> list[Part] | None:
+        """The columns of a matrix with a row for each edge; None where none of them is worth taking of a product."""
+        parts = list(self._columns(value))
+        alone = {term for part in parts if len(part.terms) == 1 for _, term in part.terms}
+        apart = [
+            part if len(part.terms) < 2 or alone & {term for _, term in part.terms} else Part(part.width, part.node)
+            for part in parts
+        ]
+        return apart if any(part.terms for part in apart) else None
+
+    def _columns(self, value: fx.Node) -> Iterator[Part]:
+        value = original(value)
+        shape = value.meta["val"].shape
+        if len(shape) != 2 or not isinstance(shape[1], int):
+            return
+        rows = self._rows(value)
+        if rows is not None:
+            yield Part(shape[1], value, ((1, rows),))
+            return
+        match value:
+            case fx.Node(target=aten.cat.default, args=([*pieces], 1 | -1)):
+                found = [list(self._columns(piece)) for piece in pieces]  # type: ignore[arg-type]
+                if all(found):
+                    yield from (part for parts in found for part in parts)
+                    return
+            case fx.Node(target=aten.add.Tensor | aten.sub.Tensor, args=(fx.Node() as a, fx.Node() as b)):
+                both = self._rows(a), self._rows(b)
+                if None not in both and all(_torch.same_sizes(n.meta["val"].shape, shape) for n in (a, b)):
+                    sign = 1 if value.target is aten.add.Tensor else -1
+                    yield Part(shape[1], value, ((1, both[0]), (sign, both[1])))  # type: ignore[arg-type]
+                    return
+        yield Part(shape[1], value)
+
+    def _rows(self, value: fx.Node) -> Rows | None:
+        """What a value is taken of, perhaps with the same done to each row afterwards."""
+        chain: list[fx.Node] = []
+        value = original(value)
+        while (take := take_of(value)) is None:
+            source = _by_row(value)
+            if source is None:
+                return None
+            chain.insert(0, value)
+            value = original(source)
+        return Rows(take, tuple(chain)) if self._pays(take.matrix, value) else None
+
+    def _pays(self, by_node: fx.Node, by_edge: fx.Node) -> bool:
+        """Whether a matrix has fewer rows than another one, of floats."""
+        nodes, edges = by_node.meta["val"], by_edge.meta["val"]
+        if not (nodes.is_floating_point() and edges.is_floating_point() and nodes.dim() and edges.dim()):
+            return False
+        return _torch.size_hint(nodes.shape[0]) < _torch.size_hint(edges.shape[0])
+
+    def _matrix(self, rows: Rows, like: fx.Node) -> fx.Node:
+        """What rows are taken of."""
+        matrix = rows.take.matrix
+        for op in rows.chain:
+            args = list(op.args)
+            if op.target in (aten.view.default, aten.reshape.default):
+                args[1] = [-1, *op.meta["val"].shape[1:]]
+            matrix = self._call(like, op.target, matrix, *args[1:], **op.kwargs)
+        return matrix
+
+    # nodes of the graph
+
+    def _index(self, index: Index, like: fx.Node) -> fx.Node:
+        if index.row < 0:
+            return index.tensor
+        return self._call(like, aten.select.int, index.tensor, 0, index.row)
+
+    def _rows_of(self, matrix: Any, like: fx.Node) -> object:
+        size = matrix.meta["val"].shape[0]
+        return size if isinstance(size, int) else self._call(like, aten.sym_size.int, matrix, 0)
+
+    def _slice(self, matrix: fx.Node, dim: int, start: int, end: int, like: fx.Node) -> fx.Node:
+        if start == 0 and _torch.known_true(matrix.meta["val"].shape[dim] == end):
+            return matrix
+        return self._call(like, aten.slice.Tensor, matrix, dim, start, end)
+
+    def _plus(self, sum: fx.Node | None, sign: int, term: fx.Node, like: fx.Node) -> fx.Node:
+        if sum is None:
+            return term if sign > 0 else self._call(like, aten.neg.default, term)
+        return self._call(like, aten.add.Tensor if sign > 0 else aten.sub.Tensor, sum, term)
+
+    def _call(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call before `like`, or the same call that was made before."""
+        key = repr((target, args, kwargs))
+        if key not in self.made:
+            self.made[key] = call(self.graph, target, *args, like=like, **kwargs)
+        return self.made[key]
+
+
+def _linear_in(value: fx.Node) -> list[fx.Node]:
+    """What a value is linear in, row by row, of the ops that can be done to sums of rows just as well."""
+    match value:
+        case fx.Node(target=aten.add.Tensor | aten.sub.Tensor, args=(fx.Node() as a, fx.Node() as b)):
+            both = all(is_tensor(n) and _torch.same_sizes(n.meta["val"].shape, value.meta["val"].shape) for n in (a, b))
+            return [a, b] if both and not value.kwargs else []
+        case fx.Node(target=aten.neg.default, args=(fx.Node() as a,)):
+            return [a]
+        case fx.Node(target=aten.slice.Tensor, args=(fx.Node() as a, int() as dim, *_)) if dim > 0:
+            return [a]
+    return []
+
+
+def _by_row(value: fx.Node) -> fx.Node | None:
+    """What a node is made of, by an op that does the same to each row and keeps their number."""
+    source = value.args[0] if value.args else None
+    if not isinstance(source, fx.Node) or not is_tensor(source):
+        return None
+    sizes, sources = value.meta["val"].shape, source.meta["val"].shape
+    if not sizes or not sources or not _torch.known_true(sizes[0] == sources[0]):
+        return None
+    match value:
+        case fx.Node(target=aten.slice.Tensor | aten.select.int, args=(_, int() as dim, *_)) if dim > 0:
+            return source
+        case fx.Node(target=aten.view.default | aten.reshape.default):
+            return source if all(isinstance(size, int) and size for size in sizes[1:]) else None
+        case fx.Node(target=aten.unsqueeze.default, args=(_, int() as dim)) if dim > 0:
+            return source
+        case fx.Node(target=prims.convert_element_type.default):
+            return source if source.meta["val"].is_floating_point() else None
+    return None
+
+
+def _is_row(bias: object) -> bool:
+    return isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1
+
+
+def _size(size: object) -> object:
+    return size.meta["val"] if isinstance(size, fx.Node) else size
