@@ -78,6 +78,9 @@ class _ByNode:
             self._sum_of_sums(node)
         if self.moved:
             self.graph.eliminate_dead_code()
+            for node in reversed(self.graph.nodes):
+                self._only_columns(node)
+            self.graph.eliminate_dead_code()
         return self.moved
 
     def _follow(self, node: fx.Node) -> None:
@@ -201,6 +204,28 @@ class _ByNode:
                     if rows is original(value) and sums < node:
                         node.replace_input_with(value, sums)
                         return
+
+    # of a product, what is left of it
+
+    def _only_columns(self, node: fx.Node) -> None:
+        """Makes only those columns of a product that anything still needs."""
+        match node:
+            case fx.Node(target=aten.slice.Tensor, args=(fx.Node() as value, 1, *ends)) if len(value.users) == 1:
+                pass
+            case _:
+                return
+        with self.graph.inserting_before(node):
+            if value.target is aten.mm.default:
+                columns = self._call(node, aten.slice.Tensor, value.args[1], 1, *ends)
+                node.replace_all_uses_with(self._call(node, aten.mm.default, value.args[0], columns))
+            elif inside := _linear_in(value):
+                args = [self._call(node, aten.slice.Tensor, a, 1, *ends) if a in inside else a for a in value.args]
+                node.replace_all_uses_with(self._call(node, value.target, *args))
+                self.graph.erase_node(node)
+                self.graph.erase_node(value)
+                for arg in args:
+                    if isinstance(arg, fx.Node) and arg.target is aten.slice.Tensor:
+                        self._only_columns(arg)
 
     # rows of edges
 

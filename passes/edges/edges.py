@@ -102,13 +102,14 @@ class _Fusing:
                 continue
             if made is not None:
                 found[node] = made
-                masks.update(filter(self.taken, made.masks) if isinstance(made, Region) else ())
+                masks.update(made.masks if isinstance(made, Region) else ())
         for mask in masks:
             try:
                 found[mask] = self._apart(mask, mask, "edge", exact=lambda _: False)
             except (Unfit, RecursionError) as reason:  # it stays as it is, and `masks` has it made in forward
                 self.fused.append(Fused(mask.name, (), _nbytes(mask), str(reason)))
         self._agree(found)
+        self._multiply(found)
         self._pack(masks & found.keys(), found)
         bodies = {node: _body(made) for node, made in found.items() if isinstance(made, Region)}
         order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -164,10 +165,42 @@ class _Fusing:
         """A region that does not end with a sum by node: it goes by what most of its rows are taken by."""
         seen: set[fx.Node] = set()
         found = [take for rows in (value, other) if rows is not None for take in self._takes(rows, seen)]
-        takes = sorted(found, key=lambda t: -_width(t.matrix))
+        takes = sorted(found, key=lambda t: -_width(t.matrix)) or [self._take_beside(node)]
         by, nodes = takes[0].index, takes[0].matrix.meta["val"].shape[0]
         self.matrices[node] = takes[0].matrix
         return region(node, value, kind, by, nodes, self.computed, exact or self._exact(node), other)
+
+    def _take_beside(self, node: fx.Node) -> Take:
+        """What others take for the edges that a value has rows for, which is made of rows of edges alone."""
+        edges = node.meta["val"].shape[0]
+        for rows in self.made_of_rows:
+            take = take_of(rows)
+            if take is None or not _torch.known_true(take.index.edges == edges):
+                continue
+            known = isinstance(take.matrix.meta["val"].shape[0], int) or take.matrix < node
+            if known and take.index.tensor < node:
+                return take
+        raise Unfit("edges without nodes")
+
+    def _multiply(self, found: dict[fx.Node, Any]) -> None:
+        """Has products of taken rows that are read outside of regions made by regions of their own."""
+        read = {n for n in self.graph.output_node().all_input_nodes}
+        for node in reversed(self.graph.nodes):
+            if node not in read:
+                continue
+            if node not in found and self.taken(node) and product_of(node) is not None:
+                try:
+                    found[node] = self._apart(node, node, "edge")
+                except Unfit as reason:
+                    self.fused.append(Fused(node.name, (), _nbytes(node), str(reason)))
+            made = found.get(node)
+            if isinstance(made, Region):
+                read.update(made.operands)
+                read.update(index.tensor for index in (made.by, *made.indices))
+                if (reduction := reduction_of(node)) is not None:
+                    read.update(n for n in (reduction.base, reduction.nodes) if isinstance(n, fx.Node))
+            else:
+                read.update(node.all_input_nodes)
 
     def _outer(self, node: fx.Node, transposed: fx.Node, other: fx.Node) -> Region | None:
         """A product along edges: one of its matrices is made of taken rows, the other may be."""
@@ -272,7 +305,7 @@ class _Fusing:
         edges = node.meta["val"].shape[0]
         sources = [n for n in sources if is_tensor(n) and n.meta["val"].dim() > 1]
         sources = [n for n in sources if _torch.known_true(n.meta["val"].shape[0] == edges)]
-        if not sources or any(self.taken(n) for n in sources) or node.meta["val"].dtype is torch.bool:
+        if not sources or any(self.taken(n) for n in sources):
             leaves[node] = _width(node)
             return 0
         return max(self._leaves(n, leaves) for n in sources) + (rows is not None)

@@ -99,7 +99,10 @@ def data(program, nodes, edges, heads, columns, seed=0, special=0.0):
     rows = {"take": nodes, "edge": edges, "all": 1}
     tensors = []
     for operand in program.operands:
-        size = rows[operand.where], width(operand.level, heads, columns)
+        level = operand.level
+        if operand.where == "matrix":
+            rows["matrix"], level = width(level[0], heads, columns, program.inner), level[1:]
+        size = rows[operand.where], width(level, heads, columns, program.inner)
         x = (2 * torch.randn(size, generator=generator, dtype=torch.float64)).round() / 2
         for value in (torch.inf, -torch.inf, torch.nan):
             x[torch.rand(size, generator=generator) < special] = value

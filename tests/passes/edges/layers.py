@@ -48,14 +48,16 @@ class MLPOf(nn.Module):
 
 
 class Filtered(nn.Module):
-    """A neighbour times a filter made of the edge, as SchNet's."""
+    """A sum of neighbours, each times a filter made of the edge, as SchNet's."""
 
     def __init__(self):
         super().__init__()
-        self.filter = nn.Sequential(nn.Linear(EDGE, 9), nn.Softplus(), nn.Linear(9, WIDTH))
+        self.first, self.filter = nn.Linear(FEATURES, WIDTH), mlp(EDGE)
+        self.filter[1] = nn.Softplus()
 
-    def forward(self, x_i, x_j, e):
-        return x_j * self.filter(e[:, :EDGE])
+    def forward(self, x, edge_index, edge_attr):
+        filters, x = self.filter(edge_attr), self.first(x)
+        return torch.zeros_like(x).index_add(0, edge_index[1], x[edge_index[0]] * filters)
 
 
 class Mesh(nn.Module):
@@ -244,7 +246,7 @@ LAYERS = {  # name -> layer; what it takes beside x and edges: "", "weight" (edg
         lambda: Learned(MLPOf(lambda i, j, e: i + j, nn.Linear(WIDTH, 12), nn.BatchNorm1d(12), nn.ReLU())),
         "attr",
     ),
-    "filtered": (lambda: Learned(Filtered(), aggr="sum"), "attr"),
+    "filtered": (Filtered, "attr"),
     "mesh": (Mesh, "attr"),
     "decoder": (Decoder, "attr"),
     "PNA edges": (

@@ -1,0 +1,111 @@
+"""Products of messages are made by node, or inside of regions: nothing of [edges, features], and eager's gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import EXACT, step
+from tests.passes.edges.layers import EDGE, IN, MLPOf, Own, build, graph, mlp
+from tests.passes.edges.test_edges import assert_same, called, check, compiled, graphs, wide  # noqa: F401  a fixture
+
+# ruff: noqa: F811  the fixture
+
+ops, aten = torch.ops.actcompile, torch.ops.aten
+PRODUCTS = (aten.mm.default, aten.addmm.default)
+
+
+def by_edge(made, count):
+    """Products with a row for each edge, or along edges."""
+    return [
+        node.name
+        for node in called(made, *PRODUCTS)
+        if count in (*node.meta["val"].shape, *node.args[-2].meta["val"].shape)
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EdgeConv", "EdgeConv sum", "EdgeConv mean", "CGConv", "learned", "filtered", "decoder"],
+)
+def test_nothing_of_an_mlp_has_a_row_for_each_edge(name, graphs):
+    model, takes = build(name)
+    inputs = graph(takes=takes)
+    check(model, inputs)
+    count = inputs[1].shape[1]
+    assert wide(graphs, count, EDGE) == []
+    assert by_edge(graphs, count) == []
+    graphs.clear()
+    torch._dynamo.reset()
+    step(compiled(model, fuse=False), inputs, model.parameters())
+    assert wide(graphs, count, EDGE) and by_edge(graphs, count)  # it does tell
+
+
+@pytest.mark.parametrize("name", ["EdgeConv", "learned of edges", "learned of three", "mesh", "decoder", "filtered"])
+def test_in_float32(name):
+    model, takes = build(name, torch.float32)
+    check(model, graph(dtype=torch.float32, takes=takes), within=2e-5)
+
+
+@pytest.mark.parametrize("name", ["two EdgeConv", "learned of edges", "mesh"])
+def test_batches_of_any_size_are_compiled_for_once(name, graphs):
+    model, takes = build(name)
+    function = torch.compile(model, backend="actcompile", options=EXACT, dynamic=True)
+    for nodes, count in ((23, 90), (31, 64), (12, 120), (40, 20), (9, 9)):
+        inputs = graph(nodes=nodes, edges=count, takes=takes, seed=nodes)
+        wanted = [*model.parameters(), inputs[0]]
+        assert_same(step(function, inputs, wanted), step(model, inputs, wanted))
+    assert len(graphs) <= 2
+
+
+def test_products_stay_with_edges_where_there_are_few(graphs):
+    model = Own(lambda i, j, e: j, aggr="sum").double()
+    large = nn.Linear(16, 1100)  # too large to be multiplied with edge by edge
+    model.function = MLPOf(lambda i, j, e: torch.cat([i, j], -1), large).double()
+    inputs = graph(nodes=40, edges=12, takes="attr")
+    check(model, inputs)
+    assert by_edge(graphs, 12)
+    graphs.clear()
+    torch._dynamo.reset()
+    inputs = graph(nodes=12, edges=40, takes="attr")
+    check(model, inputs)
+    assert not by_edge(graphs, 40)
+
+
+class Relative(nn.Module):
+    """Messages of where neighbours are, as PointNet's: positions are large, and their differences small."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp(IN + 2, 8)
+
+    def forward(self, x, position, edge_index):
+        row, col = edge_index
+        message = self.layers(torch.cat([x[row], position[row] - position[col]], -1))
+        index = col.view(-1, 1).expand_as(message)
+        return x.new_zeros(x.shape[0], 8).scatter_reduce(0, index, message, "amax", include_self=False)
+
+
+def test_small_differences_of_large_rows_are_as_exact_as_in_eager():
+    torch.manual_seed(0)
+    model, (x, edge_index) = Relative(), graph(dtype=torch.float32)
+    position = 1000 + 0.01 * torch.randn(23, 2)
+    double = Relative().double()
+    double.load_state_dict(model.state_dict())
+    exact = step(double, (x.double(), position.double(), edge_index), list(double.parameters()))
+    ours = step(compiled(model), (x, position, edge_index), list(model.parameters()))
+    for a, b in zip(ours, exact, strict=True):
+        assert (a.double() - b).norm() <= 2e-6 * b.norm()
+
+
+def test_a_value_that_the_model_returns_is_made_all_the_same():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(2 * IN, 8)
+
+        def forward(self, x, edge_index):
+            message = self.lin(torch.cat([x[edge_index[0]], x[edge_index[1]]], -1))
+            return x.new_zeros(x.shape[0], 8).index_add(0, edge_index[1], message.relu()), message
+
+    torch.manual_seed(0)
+    check(Both().double(), graph())
