@@ -46,10 +46,10 @@ def _mlp(i: int, o: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(i, o), nn.ReLU(), nn.Linear(o, o))
 
 
-def _pna(towers: int) -> nn.Module:
+def _pna(towers: int, edge_dim: int | None = None) -> nn.Module:
     histogram = torch.tensor([2, 5, 9, 7, 4, 2, 1])
     aggregators, scalers = ["mean", "max", "min", "std"], ["identity", "amplification", "attenuation"]
-    return gnn.PNAConv(WIDTH, WIDTH, aggregators, scalers, histogram, towers=towers)
+    return gnn.PNAConv(WIDTH, WIDTH, aggregators, scalers, histogram, towers=towers, edge_dim=edge_dim)
 
 
 W = WIDTH
@@ -86,6 +86,9 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "general attention": lambda: Conv(gnn.GeneralConv(W, W, attention=True, heads=2)),
     "super gat": lambda: Conv(gnn.SuperGATConv(W, W // 2, heads=2, attention_type="SD", add_self_loops=False)),
     "point": lambda: Op(_point, conv=gnn.PointNetConv(_mlp(W + 3, W), add_self_loops=False)),
+    "edge conv": lambda: Conv(gnn.EdgeConv(_mlp(2 * W, W))),
+    "edge conv max": lambda: Conv(gnn.EdgeConv(_mlp(2 * W, W), aggr="max")),
+    "pna edges": lambda: Conv(_pna(2, EDGE), "features"),
     "cfconv": lambda: Op(_continuous_filter, into=nn.Linear(W, W), filter=_mlp(EDGE, W), out=nn.Linear(W, W)),
 }  # fmt: skip
 

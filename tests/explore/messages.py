@@ -80,6 +80,8 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "greater": lambda a, b: torch.where(a > b, a, 0.5 * b), "distance": lambda a, b: (a - b).square(),
 }  # fmt: skip
 
+PRODUCTS = {"linear": 1, "joined": 2}  # -> arguments: of rows of all columns, or of two side by side
+
 
 def _add(message: Tensor, by: Tensor, nodes: int) -> Tensor:
     return message.new_zeros(nodes, *message.shape[1:]).index_add(0, by, message)
@@ -126,7 +128,7 @@ REDUCE: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 
 @dataclass(frozen=True)
 class Expression:
-    """A leaf by its name, or an op of `UNARY` or `BINARY` with its arguments."""
+    """A leaf by its name, or an op of `UNARY`, `BINARY` or `PRODUCTS` with its arguments."""
 
     name: str
     arguments: tuple[Expression, ...] = ()
@@ -174,12 +176,17 @@ def _expression(r: random.Random, depth: int = 0) -> Expression:
     if kind == "leaf":
         return Expression(r.choices(LEAVES, (5, 4, 1, *[1] * (len(LEAVES) - 3)))[0])
     if kind == "unary":
-        return Expression(r.choice(list(UNARY)), (_expression(r, depth + 1),))
-    return Expression(r.choice(list(BINARY)), (_expression(r, depth + 1), _expression(r, depth + 1)))
+        name = "linear" if r.random() < 0.25 else r.choice(list(UNARY))
+        return Expression(name, (_expression(r, depth + 1),))
+    name = "joined" if r.random() < 0.25 else r.choice(list(BINARY))
+    return Expression(name, (_expression(r, depth + 1), _expression(r, depth + 1)))
 
 
 class Messages(nn.Module):
-    """The module of a message: a linear layer for either end, the message, its sum, and a linear layer."""
+    """The module of a message: a linear layer for either end, the message, its sum, and a linear layer.
+
+    Products in the message share their weights.
+    """
 
     def __init__(self, message: Message) -> None:
         super().__init__()
@@ -189,6 +196,7 @@ class Messages(nn.Module):
         self.source, self.target, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.edge, self.row = nn.Linear(EDGE, WIDTH), nn.Parameter(torch.randn(1, *size))
         self.each = nn.Parameter(torch.randn(*size[:-1], 1))
+        self.products = nn.ModuleDict({name: nn.Linear(n * WIDTH, WIDTH) for name, n in PRODUCTS.items()})
 
     def forward(self, x: Tensor, g: Graph) -> Tensor:
         source, target, features = EDGES[self.made.edges](g)
@@ -226,8 +234,12 @@ class Messages(nn.Module):
         def value(e: Expression) -> Tensor:
             if not e.arguments:
                 return leaves[e.name]()
+            arguments = list(map(value, e.arguments))
+            if e.name in PRODUCTS:
+                rows = [a.expand(source.shape[0], *self.size).reshape(-1, WIDTH) for a in arguments]
+                return self.products[e.name](torch.cat(rows, -1)).view(-1, *self.size)  # type: ignore[no-any-return]
             function: Callable[..., Tensor] = UNARY.get(e.name) or BINARY[e.name]
-            return function(*map(value, e.arguments))
+            return function(*arguments)
 
         message = value(self.made.expression).expand(source.shape[0], *self.size)
         summed = REDUCE[self.made.reduce](message, target, count)
