@@ -142,7 +142,7 @@ class _Fusing:
             case fx.Node(target=aten.mm.default, args=(fx.Node() as one, fx.Node() as other)) if is_transposed(one):
                 return self._outer(node, one, other)
             case fx.Node(target=aten.sum.dim_IntList, args=(fx.Node() as value, [*dims], *_)) if not node.kwargs:
-                if not self.taken(value) or _width(value) == 1:
+                if _width(value) == 1 or not self._of_edges(value):
                     return None
                 if dims == [0]:
                     return self._apart(node, value, "sum")
@@ -165,12 +165,14 @@ class _Fusing:
         """A region that does not end with a sum by node: it goes by what most of its rows are taken by."""
         seen: set[fx.Node] = set()
         found = [take for rows in (value, other) if rows is not None for take in self._takes(rows, seen)]
-        takes = sorted(found, key=lambda t: -_width(t.matrix)) or [self._take_beside(node)]
-        by, nodes = takes[0].index, takes[0].matrix.meta["val"].shape[0]
-        self.matrices[node] = takes[0].matrix
+        take = max(found, key=lambda t: _width(t.matrix)) if found else self._take_beside(value)
+        if take is None:
+            raise Unfit("edges without nodes")
+        by, nodes = take.index, take.matrix.meta["val"].shape[0]
+        self.matrices[node] = take.matrix
         return region(node, value, kind, by, nodes, self.computed, exact or self._exact(node), other)
 
-    def _take_beside(self, node: fx.Node) -> Take:
+    def _take_beside(self, node: fx.Node) -> Take | None:
         """What others take for the edges that a value has rows for, which is made of rows of edges alone."""
         edges = node.meta["val"].shape[0]
         for rows in self.made_of_rows:
@@ -180,7 +182,7 @@ class _Fusing:
             known = isinstance(take.matrix.meta["val"].shape[0], int) or take.matrix < node
             if known and take.index.tensor < node:
                 return take
-        raise Unfit("edges without nodes")
+        return None
 
     def _multiply(self, found: dict[fx.Node, Any]) -> None:
         """Has products of taken rows that are read outside of regions made by regions of their own."""
@@ -208,7 +210,7 @@ class _Fusing:
         if node.meta["val"].device.type != "cpu" or not isinstance(rows, fx.Node):
             return None
         sizes = node.meta["val"].shape
-        if not (self.taken(rows) or self.taken(other)):
+        if not (self._of_edges(rows) or self._of_edges(other)):
             return None
         if not all(isinstance(size, int) for size in sizes) or not 0 < sizes[0] * sizes[1] <= LARGEST:
             return None
@@ -288,15 +290,19 @@ class _Fusing:
         return node in self.made_of_rows
 
     def computed(self, node: fx.Node) -> bool:
-        """Whether programs compute a node of rows of edges, rather than read it: it is made of taken rows, or by
-        products of rows of edges that are half as wide at most."""
+        """Whether programs compute a node of rows of edges, rather than read it: it is made of taken rows, or of rows
+        of edges that are half as wide at most."""
         if node in self.made_of_rows:
             return True
         if node not in self.narrower:
             leaves: dict[fx.Node, int] = {}
             products = self._leaves(node, leaves)
-            self.narrower[node] = 0 < products <= DEEPEST and 2 * sum(leaves.values()) <= _width(node)
+            self.narrower[node] = products <= DEEPEST and 2 * sum(leaves.values()) <= _width(node)
         return self.narrower[node]
+
+    def _of_edges(self, value: fx.Node) -> bool:
+        """Whether a value has rows of edges, and programs compute it."""
+        return self.taken(value) or (self.computed(value) and self._take_beside(value) is not None)
 
     def _leaves(self, node: fx.Node, leaves: dict[fx.Node, int]) -> int:
         """Finds what rows of edges are made of, and returns through how many products, of those in a row, that is."""
