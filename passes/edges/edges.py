@@ -34,6 +34,7 @@ from .takes import COPIES, Index, Reduction, Take, is_transposed, original, redu
 aten, ops = torch.ops.aten, torch.ops.actcompile
 BY = {ops.edges.default: 1, ops.aggregate.default: 4}  # the position of the index that edges are grouped by
 DEEPEST = 2  # products one after another in a region; what comes after them begins at rows of edges in memory
+MOST_LEAVES = 8  # tensors that a value of rows of edges alone is made of
 EQUALITIES = (aten.eq.Tensor, aten.ne.Tensor)
 
 
@@ -79,7 +80,7 @@ class _Fusing:
         self.of_tangents = _descendants(n for n in placeholders if "tangents" in n.name)
         self.of_parameters = _descendants(n for n in placeholders if n.name in parameters)
         self.made_of_rows: dict[fx.Node, int] = {}  # -> through how many products
-        self.narrower: dict[fx.Node, bool] = {}
+        self.leaves: dict[fx.Node, tuple[int, frozenset[fx.Node]]] = {}  # of others: so many products, of which rows
         for node in graph.nodes:
             if is_tensor(node) and (_takes_floats(node) or is_computable(node) or product_of(node) is not None):
                 self._follow(node)
@@ -277,13 +278,22 @@ class _Fusing:
             made.program = replace(program, operands=operands, outputs=outputs)
 
     def _follow(self, node: fx.Node) -> None:
-        """Notes what is made of taken rows by what a program can do, through `DEEPEST` products at most."""
+        """Notes what is made of taken rows by what a program can do, or of which other rows, through `DEEPEST` products
+        at most."""
         rows = product_of(node)
         sources = [rows] if rows is not None else [] if _takes_floats(node) else node.all_input_nodes
         products = [self.made_of_rows[n] for n in sources if n in self.made_of_rows]
         depth = max(products, default=0) + (rows is not None)
-        if (products or _takes_floats(node)) and depth <= DEEPEST:
-            self.made_of_rows[node] = depth
+        if products or _takes_floats(node):
+            if depth <= DEEPEST:
+                self.made_of_rows[node] = depth
+            return
+        sources = [n for n in sources if is_tensor(n) and n.meta["val"].dim() > 1 and _same_rows(n, node)]
+        found = [self.leaves.get(n, (0, frozenset((n,)))) for n in sources]
+        depth = max((products for products, _ in found), default=0) + (rows is not None)
+        leaves = frozenset().union(*(leaves for _, leaves in found))
+        if 0 < len(leaves) <= MOST_LEAVES and depth <= DEEPEST:
+            self.leaves[node] = depth, leaves
 
     def taken(self, node: fx.Node) -> bool:
         """Whether a node is made of taken rows by what a program can do."""
@@ -294,27 +304,12 @@ class _Fusing:
         of edges that are half as wide at most."""
         if node in self.made_of_rows:
             return True
-        if node not in self.narrower:
-            leaves: dict[fx.Node, int] = {}
-            products = self._leaves(node, leaves)
-            self.narrower[node] = products <= DEEPEST and 2 * sum(leaves.values()) <= _width(node)
-        return self.narrower[node]
+        _, leaves = self.leaves.get(node, (0, (node,)))
+        return 2 * sum(map(_width, leaves)) <= _width(node)
 
     def _of_edges(self, value: fx.Node) -> bool:
         """Whether a value has rows of edges, and programs compute it."""
         return self.taken(value) or (self.computed(value) and self._take_beside(value) is not None)
-
-    def _leaves(self, node: fx.Node, leaves: dict[fx.Node, int]) -> int:
-        """Finds what rows of edges are made of, and returns through how many products, of those in a row, that is."""
-        rows = product_of(node)
-        sources = [rows] if rows is not None else node.all_input_nodes if is_computable(node) else []
-        edges = node.meta["val"].shape[0]
-        sources = [n for n in sources if is_tensor(n) and n.meta["val"].dim() > 1]
-        sources = [n for n in sources if _torch.known_true(n.meta["val"].shape[0] == edges)]
-        if not sources or any(self.taken(n) for n in sources):
-            leaves[node] = _width(node)
-            return 0
-        return max(self._leaves(n, leaves) for n in sources) + (rows is not None)
 
     def _exact(self, end: fx.Node) -> Callable[[fx.Node], bool]:
         """Whether a comparison that backward needs is one of forward's values."""
@@ -452,6 +447,11 @@ class _Fusing:
                 _torch.must_recompute(node)  # backward rather sorts again than reads what was saved
             self.grouped[key] = parts[0], parts[1]
         return list(self.grouped[key])
+
+
+def _same_rows(node: fx.Node, other: fx.Node) -> bool:
+    sizes = other.meta["val"].shape
+    return len(sizes) > 0 and _torch.known_true(node.meta["val"].shape[0] == sizes[0])
 
 
 def _takes_floats(node: fx.Node) -> bool:
