@@ -43,19 +43,21 @@ test: lint ## lint, then the tests that need neither long compiles nor a GPU, a 
 test-all: lint ## lint, then all tests, also those that compile with Inductor; those for a GPU skip without one
 	$(BIN)/python -m pytest $(ARGS)
 
-# An environment of its own for one version of torch, with which the tests run; the rest as in requirements-dev.txt.
+# An environment of its own for one version of torch, with which the tests run; the rest as in requirements-dev.txt, but
+# for NumPy: Triton 3.6, that of torch 2.11, has an interpreter that makes numbers of arrays, which NumPy 2.4 refuses.
 TORCH ?= 2.13.0
 OTHER := .venv-torch-$(TORCH)
 
 $(OTHER)/.ready: requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(OTHER)
-	sed 's/^torch==.*/torch==$(TORCH)/' requirements-dev.txt >$(OTHER)/requirements.txt
+	sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^numpy==.*/numpy==2.3.5/' requirements-dev.txt >$(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-test-torch: $(OTHER)/.ready ## the tests with another torch: make test-torch TORCH=2.11.0 (ARGS="-m slow" for those with Inductor)
-	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(OTHER)/inductor $(OTHER)/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+test-torch: $(OTHER)/.ready ## as test, with another torch: make test-torch TORCH=2.11.0 (ARGS="-m slow" for those with Inductor)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(OTHER)/inductor TRITON_CACHE_DIR=$(CURDIR)/$(OTHER)/triton \
+		$(OTHER)/bin/python -m pytest -n auto -m "not slow and not gpu" $(ARGS)
 
 # A machine with a GPU often has a torch of its own and no network: with PYTHON given, that Python is used as it is.
 ifeq ($(origin PYTHON),file)

@@ -14,6 +14,7 @@ import inspect
 import random
 import sys
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -298,6 +299,9 @@ def _drop_cache_entries(backend: Backend, region: int) -> None:
     for wrapper in wrappers:
         del eval_frame.cached_backends[id(wrapper)]
     gone = guards.DeletedGuardManagerWrapper("the trace that made it is over")
+    # An entry stays in the list, and counts as a recompile unless it is of another object than those that are called:
+    # `_has_same_id_matched_objs` in `torch._dynamo.cache_size` (2.11 and 2.12; later ones count by region).
+    gone.id_matched_objs = {"": weakref.ref(gone)}
     for reference in convert_frame.input_codes.seen:
         if (code := reference()) is not None:
             for entry in _cache_entries(code, region):

@@ -77,17 +77,6 @@ def half_range(low, high):
 
 
 @triton.jit
-def largest_of(pointer):
-    """The largest number of the dtype that a pointer points to."""
-    if pointer.dtype.element_ty == tl.bfloat16:
-        return LARGEST_BFLOAT16
-    elif pointer.dtype.element_ty == tl.float16:
-        return LARGEST_FLOAT16
-    else:
-        return LARGEST
-
-
-@triton.jit
 def keep_range(low, high, low_out, high_out, stored, TOP: tl.constexpr):
     """Stores a block's range, rounded outward, which makes an infinity of what the dtype can't hold; returns half_low
     and inverse."""
@@ -401,7 +390,8 @@ def dequantize_careful(
     PER_BLOCK: tl.constexpr = 32 // BITS // BLOCKS
     TOP: tl.constexpr = (1 << BITS) - 1
     BETWEEN: tl.constexpr = TOP - 2 if BITS > 1 else TOP
-    MOST: tl.constexpr = largest_of(x)
+    NARROW: tl.constexpr = LARGEST_FLOAT16 if x.dtype.element_ty == tl.float16 else LARGEST
+    MOST: tl.constexpr = LARGEST_BFLOAT16 if x.dtype.element_ty == tl.bfloat16 else NARROW
     row, exists = rows(tile, groups, GROUPS)
     row = row.to(tl.int64)
     j = tl.arange(0, W).to(tl.int64) + start

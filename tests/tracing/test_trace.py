@@ -167,6 +167,19 @@ def test_nothing_is_disturbed():
     assert counter.frame_count == frames
 
 
+@dynamo_config.patch(recompile_limit=2)
+def test_traces_are_no_recompiles():
+    """Neither of each other nor of what torch.compile makes of models of the class, in however many graphs."""
+    for between, count in (("", 1), ("break", 2)):
+        for _ in range(4):
+            graphs, backend = recorder()
+            trace(Net(SAGEConv, between), graph(), {}, backend)
+            assert len(graphs) == count
+        counter = CompileCounterWithBackend("aot_eager")
+        torch.compile(Net(SAGEConv, between), backend=counter)(*graph())
+        assert counter.frame_count == count
+
+
 def test_a_cache_in_the_model_gets_no_fake_tensor():
     conv = GCNConv(16, 4, cached=True)
     trace(conv, graph(), {}, recorder()[1])
