@@ -44,6 +44,7 @@ from .report import cache as _report_cache
 from .report import log as _log
 from .report.data import GraphReport
 from .report.record import Spared, memory, outlook, record
+from .together import together
 from .tracing.call import Situation, guard_on_mode, noted, situation
 
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
@@ -280,7 +281,9 @@ def compile_plain(gm: fx.GraphModule, inputs: list[Any], config: Config) -> Call
 def _compile(gm: fx.GraphModule, inputs: list[Any], partitioner: Partitioner) -> Any:
     if partitioner.config.inner == "inductor":
         check_compilers(inputs)
-        return _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": partitioner})
+        inner = together()(_torch.compile_fx_inner)  # a second time, since backward is compiled when it runs
+        with together():
+            return _torch.compile_fx(gm, inputs, inner, config_patches={"custom_partitioner_fn": partitioner})
     compiler = _torch.aot_autograd(
         fw_compiler=_torch.boxed_nop,
         bw_compiler=_torch.boxed_nop,
