@@ -34,6 +34,7 @@ from actcompile.passes.spare.replay import replay
 from actcompile.passes.spare.views import views
 from actcompile.passes.write.accumulate import accumulate
 from actcompile.passes.write.late import late
+from actcompile.passes.write.prepare import prepare
 from actcompile.passes.write.rewrite import rewrite
 from actcompile.passes.write.tile import tile
 from actcompile.passes.write.verify import verify
@@ -236,7 +237,20 @@ class Partitioner(_torch.CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        forward, backward = self.partition(gm, joint_inputs, **kwargs)
+        prepare(forward.graph, backward.graph)
+        return forward, backward
+
+    def partition(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         return partition(gm, joint_inputs, config=self.config, situation=self.situation, only=self.only, **kwargs)
+
+
+class Analyser(Partitioner):
+    """A partitioner of graphs that won't run."""
+
+    __call__ = Partitioner.partition
 
 
 class PlainPartitioner(Partitioner):
@@ -323,7 +337,7 @@ def check_compilers(inputs: Sequence[Any]) -> None:
 
 def analyse(gm: fx.GraphModule, inputs: list[Any], config: Config) -> list[GraphReport]:
     """Does to a graph what `compile_graph` does up to the rewritten graphs, and compiles nothing."""
-    partitioner = Partitioner(config, situation(gm, inputs))
+    partitioner = Analyser(config, situation(gm, inputs))
 
     def split(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         if config.inner == "aot_eager":

@@ -42,7 +42,7 @@ template <class... T> static PyObject* run(void (*kernel)(T...), PyObject* argum
 }
 
 #define FUNCTION(I) \
-    {"kernel_" #I, [](PyObject*, PyObject* arguments) { return run(source_##I::kernel_##I, arguments); }, METH_VARARGS, ""}
+    {"kernel_" #I, [](PyObject*, PyObject* all) { return run(source_##I::kernel_##I, all); }, METH_VARARGS, ""}
 
 #ifdef Py_GIL_DISABLED
 #define WITHOUT_LOCK(module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED)

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._cpp import I32, I64, P, library
+from ._cpp import I32, I64, P, begin, library
 from .bits.lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
 from .blocks.format import BlockFormat, bit_words
 from .blocks.levels import decode_map, encode_map
@@ -64,6 +64,16 @@ def compiled(fmt: BlockFormat, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, 
 def bits_library() -> ctypes.CDLL | None:
     """`pack_bits` and `unpack_bits`; None where they can't be compiled."""
     return library("bits/bits.cpp", BITS)
+
+
+def prepare_format(fmt: BlockFormat, dtype: torch.dtype) -> None:
+    """Begins to compile `quantize` and `dequantize` of a format, beside what else goes on."""
+    begin(compiled, fmt, dtype)
+
+
+def prepare_bits() -> None:
+    """Begins to compile `pack_bits` and `unpack_bits`, beside what else goes on."""
+    begin(bits_library)
 
 
 def _threads(numel: int) -> int:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import lru_cache, partial
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-from .._cpp import I32, I64, P, compile_source
+from .._cpp import I32, I64, P, begin, compile_source
 from ..cuda import forms
 from .generate import generate
 from .group import MOST, Grouping, group, grouping, row_of
 from .program import REDUCTIONS, Operand, Output, Program, Step, dtype_of, parse, row_size, run_reference
 
 RUN = {"run": (P, P, P, P, P, I64, I64, I64, I32)}
-_compilers = ThreadPoolExecutor(2, "actcompile-compile")
 _kernels: dict[str, Future[ctypes.CDLL | None]] = {}
 _lock = Lock()
 ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
@@ -150,7 +149,7 @@ def prepare(text: str, device: torch.device) -> None:
 def _begun(text: str) -> Future[ctypes.CDLL | None]:
     with _lock:
         if text not in _kernels:
-            _kernels[text] = _compilers.submit(lambda: compile_source(generate(text), RUN))
+            _kernels[text] = begin(lambda: compile_source(generate(text), RUN))
         return _kernels[text]
 
 

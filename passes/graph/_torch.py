@@ -359,7 +359,7 @@ def unify(known: Any, size: Any) -> None:
 def makes_sizes(node: torch.fx.Node) -> bool:
     """Whether a node's value has sizes that depend on data and that none of its arguments has, as `nonzero` makes."""
     sizes = free_unbacked_symbols(node.meta["val"])
-    return bool(sizes - free_unbacked_symbols([n.meta["val"] for n in node.all_input_nodes]))
+    return bool(sizes) and bool(sizes - free_unbacked_symbols([n.meta["val"] for n in node.all_input_nodes]))
 
 
 def is_unbacked(size: Any) -> bool:
