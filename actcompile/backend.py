@@ -35,6 +35,7 @@ from actcompile.passes.spare.replay import replay
 from actcompile.passes.spare.views import views
 from actcompile.passes.write.accumulate import accumulate
 from actcompile.passes.write.late import late
+from actcompile.passes.write.prepare import prepare
 from actcompile.passes.write.rewrite import rewrite
 from actcompile.passes.write.tile import tile
 from actcompile.passes.write.verify import verify
@@ -45,6 +46,7 @@ from .report import cache as _report_cache
 from .report import log as _log
 from .report.data import GraphReport
 from .report.record import Spared, memory, outlook, record
+from .together import together
 from .tracing.call import Situation, guard_on_mode, noted, situation
 
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
@@ -239,7 +241,20 @@ class Partitioner(_torch.CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        forward, backward = self.partition(gm, joint_inputs, **kwargs)
+        prepare(forward.graph, backward.graph)
+        return forward, backward
+
+    def partition(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         return partition(gm, joint_inputs, config=self.config, situation=self.situation, only=self.only, **kwargs)
+
+
+class Analyser(Partitioner):
+    """A partitioner of graphs that won't run."""
+
+    __call__ = Partitioner.partition
 
 
 class PlainPartitioner(Partitioner):
@@ -284,7 +299,9 @@ def compile_plain(gm: fx.GraphModule, inputs: list[Any], config: Config) -> Call
 def _compile(gm: fx.GraphModule, inputs: list[Any], partitioner: Partitioner) -> Any:
     if partitioner.config.inner == "inductor":
         check_compilers(inputs)
-        return _torch.compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": partitioner})
+        inner = together()(_torch.compile_fx_inner)  # a second time, since backward is compiled when it runs
+        with together():
+            return _torch.compile_fx(gm, inputs, inner, config_patches={"custom_partitioner_fn": partitioner})
     compiler = _torch.aot_autograd(
         fw_compiler=_torch.boxed_nop,
         bw_compiler=_torch.boxed_nop,
@@ -324,7 +341,7 @@ def check_compilers(inputs: Sequence[Any]) -> None:
 
 def analyse(gm: fx.GraphModule, inputs: list[Any], config: Config) -> list[GraphReport]:
     """Does to a graph what `compile_graph` does up to the rewritten graphs, and compiles nothing."""
-    partitioner = Partitioner(config, situation(gm, inputs))
+    partitioner = Analyser(config, situation(gm, inputs))
 
     def split(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         if config.inner == "aot_eager":

@@ -2,10 +2,11 @@
 
 import ctypes
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ._torch import load_cpp
 
@@ -13,6 +14,13 @@ log = logging.getLogger(__name__)
 P, I32, I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 Functions = Mapping[str, tuple[Any, ...]]
 """By name, the types of the arguments; where a function returns something, these and its type, as a pair."""
+Made = TypeVar("Made")
+_compilers = ThreadPoolExecutor(2, "actcompile-compile")
+
+
+def begin(make: Callable[..., Made], *arguments: Any) -> Future[Made]:
+    """Calls what compiles beside what else goes on. A second call meanwhile waits for the same file, by its lock."""
+    return _compilers.submit(make, *arguments)
 
 
 def library(file: str, functions: Functions, **constants: int) -> ctypes.CDLL | None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._cpp import I32, I64, P, library
+from ._cpp import I32, I64, P, begin, library
 from .bits.lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
 from .blocks.format import BlockFormat, bit_words
 from .blocks.levels import decode_map, encode_map
@@ -23,8 +23,8 @@ ALONE = 1 << 15  # elements that one thread works on sooner than others are woke
 
 
 QUANTIZE = {
-    "quantize": (P, P, I32, I64, P, P, I64, P, P, P, P, I32),
-    "dequantize": (P, P, P, P, I64, P, P, I64, P, I32, I32),
+    "quantize": (P, P, I64, P, P, I64, P, P, P, P, I32),
+    "dequantize": (P, P, P, P, I64, P, P, I64, P, I32),
 }
 BITS = {"pack_bits": (P, I64, I64, P, I32), "unpack_bits": (P, I64, I64, P, I32)}
 MOST_TERMS = 16
@@ -42,25 +42,38 @@ class Format(ctypes.Structure):
 
 
 @lru_cache
-def compiled(fmt: BlockFormat) -> tuple[ctypes.CDLL | None, Format]:
-    """`quantize` and `dequantize`, None where they can't be compiled, and the format as they take it.
+def compiled(fmt: BlockFormat, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, Format]:
+    """`quantize` and `dequantize`, None where they can't be compiled or have no such dtype; the format as they take it.
 
-    Every format is compiled by itself, in a second; while `SPECIALISE` is false, formats of the same bits and the same
-    number of clamps share their code.
+    Every format is compiled by itself for each dtype of elements, in less than a second; while `SPECIALISE` is false,
+    formats of the same bits and the same number of clamps share their code.
     """
     (encode_slope, encode), (decode_slope, decode) = encode_map(fmt), decode_map(fmt)
     bfloat16 = fmt.metadata == torch.bfloat16
     sizes = (fmt.block, fmt.words, fmt.group, fmt.blocks_per_group, bfloat16)
     numbers = (*sizes, torch.finfo(fmt.metadata).max, encode_slope, decode_slope)
     terms = ((ctypes.c_float * (3 * MOST_TERMS))(*itertools.chain(*terms)) for terms in (encode, decode))
-    constants = {"BITS": fmt.bits, "ENCODE_TERMS": len(encode), "DECODE_TERMS": len(decode)}
+    native = Format(*numbers, *terms)
+    if dtype not in KINDS:
+        return None, native
+    constants = {"KIND": KINDS[dtype], "BITS": fmt.bits, "ENCODE_TERMS": len(encode), "DECODE_TERMS": len(decode)}
     constants |= dict(zip(("BLOCK", "WORDS", "GROUP", "BLOCKS"), sizes if SPECIALISE else (0, 0, 0, 0), strict=False))
-    return library("blocks/quantize.cpp", QUANTIZE, **constants), Format(*numbers, *terms)
+    return library("blocks/quantize.cpp", QUANTIZE, **constants), native
 
 
 def bits_library() -> ctypes.CDLL | None:
     """`pack_bits` and `unpack_bits`; None where they can't be compiled."""
     return library("bits/bits.cpp", BITS)
+
+
+def prepare_format(fmt: BlockFormat, dtype: torch.dtype) -> None:
+    """Begins to compile `quantize` and `dequantize` of a format, beside what else goes on."""
+    begin(compiled, fmt, dtype)
+
+
+def prepare_bits() -> None:
+    """Begins to compile `pack_bits` and `unpack_bits`, beside what else goes on."""
+    begin(bits_library)
 
 
 def _threads(numel: int) -> int:
@@ -81,14 +94,14 @@ def _(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     fmt = BlockFormat(bits, block, levels, metadata, words)
-    kernels, native = compiled(fmt)
-    if kernels is None or x.dtype not in KINDS:
+    kernels, native = compiled(fmt, x.dtype)
+    if kernels is None:
         return quantize_in_runs(x, seed, salt, fmt, shift, scale)
     encoded = empty_encoding(x, fmt)
     dense, by_column = x.contiguous(), _by_column(shift, scale)
     kernels.quantize(
-        ctypes.addressof(native), dense.data_ptr(), KINDS[x.dtype], x.numel(), *map(_address, by_column),
-        _width(x.shape), seed[salt].contiguous().data_ptr(), *(part.data_ptr() for part in encoded),
+        ctypes.addressof(native), dense.data_ptr(), x.numel(), *map(_address, by_column), _width(x.shape),
+        seed[salt].contiguous().data_ptr(), *(part.data_ptr() for part in encoded),
         _threads(x.numel()),
     )  # fmt: skip
     return encoded
@@ -108,15 +121,15 @@ def _(
     scale: Tensor | None = None,
 ) -> Tensor:
     fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
-    kernels, native = compiled(fmt)
-    if kernels is None or dtype not in KINDS:
+    kernels, native = compiled(fmt, dtype)
+    if kernels is None:
         return dequantize_in_runs(words, low, high, size, dtype, fmt, shift, scale)
     x = torch.empty(list(size), dtype=dtype)
     parts = [part.contiguous() for part in (words, low, high)]
     by_column = _by_column(shift, scale, inverse=True)
     kernels.dequantize(
         ctypes.addressof(native), *(part.data_ptr() for part in parts), x.numel(), *map(_address, by_column),
-        _width(size), x.data_ptr(), KINDS[dtype], _threads(x.numel()),
+        _width(size), x.data_ptr(), _threads(x.numel()),
     )  # fmt: skip
     return x
 

@@ -1,6 +1,7 @@
 // `quantize` and `dequantize` on the CPU, bit for bit what `quantize_reference` and `dequantize_reference` give.
-// `cpu.py` defines BITS, ENCODE_TERMS and DECODE_TERMS above this text, and BLOCK, WORDS, GROUP and BLOCKS, which may
-// be zero: then they are arguments like all else of a format, and the code serves more formats at half the speed.
+// `cpu.py` defines KIND, of the elements, BITS, ENCODE_TERMS and DECODE_TERMS above this text, and BLOCK, WORDS, GROUP
+// and BLOCKS, which may be zero: then they are arguments like all else of a format, and the code serves more formats at
+// half the speed.
 //
 // A group is worked on in a buffer of float32 that stays in the nearest cache. Inner loops are over LANES words of four
 // planes, or over a block, and the compiler makes vectors of them: Inductor's flags turn gcc's vectoriser off, `cpu.py`
@@ -10,7 +11,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 // `BlockFormat`, and its maps: a slope, then lower end, upper end and change of slope of each term.
 struct Format {
@@ -43,7 +43,7 @@ inline float clamp(float x, float lower, float upper) {  // NaN stays
 // ---- elements ----
 
 // `store<true>` is of numbers far from overflow. FLOAT16 keeps what is finite so.
-template <int KIND> struct Element;
+template <int> struct Element;
 template <> struct Element<FLOAT32> {
     using Raw = float;
     static constexpr float MOST = LARGEST, CALM = 0x1p125f;
@@ -91,9 +91,8 @@ template <class Body> inline void by_column(int64_t start, int64_t width, int co
     }
 }
 
-template <int KIND>
 void load(const void* x, int64_t start, int count, const float* shift, const float* scale, int64_t width, float* out) {
-    const auto* from = static_cast<const typename Element<KIND>::Raw*>(x) + start;
+    const auto* from = static_cast<const Element<KIND>::Raw*>(x) + start;
     if (scale)
         by_column(start, width, count, [=](int i, int64_t column) {
             out[i] = (Element<KIND>::load(from[i]) - shift[column]) * scale[column];
@@ -103,16 +102,16 @@ void load(const void* x, int64_t start, int count, const float* shift, const flo
         for (int i = 0; i < count; i++) out[i] = Element<KIND>::load(from[i]);
 }
 
-template <int KIND, bool CALM>
+template <bool CALM>
 void store(const float* v, int64_t start, int count, const float* shift, const float* inverse, int64_t width, void* x) {
-    auto* to = static_cast<typename Element<KIND>::Raw*>(x) + start;
+    auto* to = static_cast<Element<KIND>::Raw*>(x) + start;
     if (inverse)
         by_column(start, width, count, [=](int i, int64_t column) {
-            to[i] = Element<KIND>::template store<false>(v[i] * inverse[column] + shift[column]);
+            to[i] = Element<KIND>::store<false>(v[i] * inverse[column] + shift[column]);
         });
     else
 #pragma omp simd
-        for (int i = 0; i < count; i++) to[i] = Element<KIND>::template store<CALM>(v[i]);
+        for (int i = 0; i < count; i++) to[i] = Element<KIND>::store<CALM>(v[i]);
 }
 
 // ---- what both directions compute ----
@@ -315,7 +314,7 @@ struct Encoding {
     void *low, *high;
 };
 
-template <int KIND> void encode_group(const Encoding& e, int64_t group, float* buffer) {
+void encode_group(const Encoding& e, int64_t group, float* buffer) {
     const Format& f = e.format;
     const int slots = PLANES * words_of(f);
     const int64_t start = group * group_of(f), left = e.numel - start;
@@ -324,7 +323,7 @@ template <int KIND> void encode_group(const Encoding& e, int64_t group, float* b
     if (KIND == FLOAT32 && !e.scale && slots == group_of(f) && left >= slots + LANES) {
         v = static_cast<const float*>(e.x) + start;
     } else {
-        load<KIND>(e.x, start, count, e.shift, e.scale, e.width, buffer);
+        load(e.x, start, count, e.shift, e.scale, e.width, buffer);
         // Elements behind the last one are like the first of their block; their codes are removed afterwards.
         for (int i = count; i < group_of(f); i++)
             buffer[i] = i / block_of(f) * block_of(f) < count ? buffer[i / block_of(f) * block_of(f)] : 0.0f;
@@ -378,7 +377,6 @@ inline void unpack_calm(const Format& f, const uint32_t* word, const float* step
 }
 
 // Plane `k`, of any block.
-template <int KIND>
 void unpack_careful(const Format& f, const uint32_t* words, float first, float second, bool standardised, int k,
                     float* out) {
     const bool ends = BITS == 1 && !(first >= -LARGEST && first <= LARGEST && second >= -LARGEST && second <= LARGEST);
@@ -408,7 +406,7 @@ struct Decoding {
     void* x;
 };
 
-template <int KIND> void decode_group(const Decoding& d, int64_t group, float* buffer) {
+void decode_group(const Decoding& d, int64_t group, float* buffer) {
     const Format& f = d.format;
     const int64_t start = group * group_of(f), left = d.numel - start;
     const int count = left < group_of(f) ? int(left) : group_of(f);
@@ -431,7 +429,7 @@ template <int KIND> void decode_group(const Decoding& d, int64_t group, float* b
     if (!calm) {
         for (int k = 0; k < PLANES; k++) {
             const int b = of_plane(f, k);
-            unpack_careful<KIND>(f, words, low[b], high[b], d.inverse != nullptr, k, v + k * words_of(f));
+            unpack_careful(f, words, low[b], high[b], d.inverse != nullptr, k, v + k * words_of(f));
         }
     } else {
         for (int k = 0; k < PLANES; k += 4) {
@@ -450,40 +448,37 @@ template <int KIND> void decode_group(const Decoding& d, int64_t group, float* b
         }
     }
     if (direct) return;
-    if (calm) store<KIND, true>(v, start, count, d.shift, d.inverse, d.width, d.x);
-    else store<KIND, false>(v, start, count, d.shift, d.inverse, d.width, d.x);
+    if (calm) store<true>(v, start, count, d.shift, d.inverse, d.width, d.x);
+    else store<false>(v, start, count, d.shift, d.inverse, d.width, d.x);
 }
+
+struct Buffer {  // <vector> takes a compiler longer than half of this text
+    float* const data;
+    explicit Buffer(int64_t size) : data(new float[size]()) {}
+    ~Buffer() { delete[] data; }
+};
 
 template <class Body> void for_groups(const Format& f, int64_t numel, int threads, Body body) {
     const int64_t groups = (numel + group_of(f) - 1) / group_of(f);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        std::vector<float> buffer(size_t(PLANES) * words_of(f) + block_of(f) + 2 * LANES);
+        const Buffer buffer(int64_t(PLANES) * words_of(f) + block_of(f) + 2 * LANES);
 #pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; group++) body(group, buffer.data());
+        for (int64_t group = 0; group < groups; group++) body(group, buffer.data);
     }
 }
 
 }  // namespace
 
-extern "C" void quantize(const Format* format, const void* x, int kind, int64_t numel, const float* shift,
-                         const float* scale, int64_t width, const uint32_t* seed, uint32_t* words, void* low,
-                         void* high, int threads) {
+extern "C" void quantize(const Format* format, const void* x, int64_t numel, const float* shift, const float* scale,
+                         int64_t width, const uint32_t* seed, uint32_t* words, void* low, void* high, int threads) {
     const Encoding e{*format, x, numel, shift, scale, width, seed, words, low, high};
-    for_groups(*format, numel, threads, [&](int64_t group, float* buffer) {
-        if (kind == FLOAT32) encode_group<FLOAT32>(e, group, buffer);
-        else if (kind == BFLOAT16) encode_group<BFLOAT16>(e, group, buffer);
-        else encode_group<FLOAT16>(e, group, buffer);
-    });
+    for_groups(*format, numel, threads, [&](int64_t group, float* buffer) { encode_group(e, group, buffer); });
 }
 
 extern "C" void dequantize(const Format* format, const uint32_t* words, const void* low, const void* high,
-                           int64_t numel, const float* shift, const float* inverse, int64_t width, void* x, int kind,
+                           int64_t numel, const float* shift, const float* inverse, int64_t width, void* x,
                            int threads) {
     const Decoding d{*format, words, low, high, numel, shift, inverse, width, x};
-    for_groups(*format, numel, threads, [&](int64_t group, float* buffer) {
-        if (kind == FLOAT32) decode_group<FLOAT32>(d, group, buffer);
-        else if (kind == BFLOAT16) decode_group<BFLOAT16>(d, group, buffer);
-        else decode_group<FLOAT16>(d, group, buffer);
-    });
+    for_groups(*format, numel, threads, [&](int64_t group, float* buffer) { decode_group(d, group, buffer); });
 }

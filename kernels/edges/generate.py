@@ -13,13 +13,17 @@ from .program import OPS, REDUCTIONS, Operand, Output, Program, parse
 
 TYPES = {"float32": "float", "float64": "double", "bfloat16": "bf16", "bool": "uint8_t", "bits": "uint8_t"}
 
+MATHS = "#include <cmath>\n"  # takes a compiler as long as all the rest: only where a program needs it
 HEAD = r"""
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <vector>
 
+template <class V> struct Row {  // of zeros
+  V* const data;
+  explicit Row(int64_t size) : data(new V[size]()) {}
+  ~Row() { delete[] data; }
+};
 struct bf16 { uint16_t bits; };
 static inline float load(const bf16* p, int64_t i) { return __builtin_bit_cast(float, (uint32_t)p[i].bits << 16); }
 static inline float load(const float* p, int64_t i) { return p[i]; }
@@ -53,13 +57,13 @@ static inline float exp_(float x) {
   p = p * __builtin_bit_cast(float, (half + 127) << 23) * __builtin_bit_cast(float, (m - half + 127) << 23);
   return x == x ? p : x;
 }
-static inline double exp_(double x) { return std::exp(x); }
+static inline double exp_(double x) { return __builtin_exp(x); }
 static inline float tanh_(float x) {
-  float a = std::abs(x), t = exp_(-2.f * a), far = (1.f - t) / (1.f + t), s = x * x;
+  float a = __builtin_fabsf(x), t = exp_(-2.f * a), far = (1.f - t) / (1.f + t), s = x * x;
   float near = x * (1.f + s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f))));
   return a < 0.3f ? near : (x < 0.f ? -far : far);
 }
-static inline double tanh_(double x) { return std::tanh(x); }
+static inline double tanh_(double x) { return __builtin_tanh(x); }
 // Rows of bits, the first in the lowest place, from and to rows of bytes that are 0 or 1; eight bytes more are written.
 static inline void unpack(const uint8_t* bits, int64_t size, uint8_t* row) {
   for (int64_t f = 0; f < size; f += 8) {
@@ -80,7 +84,9 @@ template <class V> static inline V larger(V a, V b) { return a > b || a != a ? a
 template <class V> static inline V smaller(V a, V b) { return a < b || a != a ? a : b; }
 """
 
-START = {"sum": "T(0)", "max": "-std::numeric_limits<T>::infinity()", "min": "std::numeric_limits<T>::infinity()"}
+INFINITY = "std::numeric_limits<T>::infinity()"
+LIMITS = {"inf": INFINITY, "-inf": f"(-{INFINITY})", "nan": "std::numeric_limits<T>::quiet_NaN()"}
+START = {"sum": "T(0)", "max": LIMITS["-inf"], "min": LIMITS["inf"]}
 ARGUMENTS = "const void* const* in, void* const* out, const int32_t* pointer, const int32_t* order, "
 ARGUMENTS += "const int32_t* const* index, int64_t nodes, int64_t heads, int64_t columns, int32_t threads"
 
@@ -89,12 +95,13 @@ ARGUMENTS += "const int32_t* const* index, int64_t nodes, int64_t heads, int64_t
 def generate(text: str) -> str:
     """The source of a function `run` that does what the program written down as `text` does."""
     program = parse(text)
-    return HEAD + real(program) + Source(program).function()
+    return head(program) + Source(program).function()
 
 
-def real(program: Program) -> str:
-    """Defines T, the type that is computed in."""
-    return f"typedef {'double' if program.is_double else 'float'} T;\n"
+def head(program: Program) -> str:
+    """What the function of a program needs: T is the type that is computed in."""
+    maths = any("std::" in OPS[step.op][0] for step in program.steps if step.op in OPS)
+    return (MATHS if maths else "") + HEAD + f"typedef {'double' if program.is_double else 'float'} T;\n"
 
 
 class Source:
@@ -126,9 +133,9 @@ class Source:
             "const int64_t chunks = threads > 1 ? threads * 16 : 1;",
             "#pragma omp parallel num_threads(threads)",
             "{",
-            *(f"std::vector<T> row{i}({self.width(program.outputs[i].level)});" for i in self.apart),
-            *(f"std::vector<uint8_t> in_bits{i}({self.width(program.operands[i].level)} + 8);" for i in self.bits_in),
-            *(f"std::vector<uint8_t> out_bits{i}({self.width(program.outputs[i].level)} + 8);" for i in self.bits_out),
+            *(f"Row<T> row{i}({self.width(program.outputs[i].level)});" for i in self.apart),
+            *(f"Row<uint8_t> in_bits{i}({self.width(program.operands[i].level)} + 8);" for i in self.bits_in),
+            *(f"Row<uint8_t> out_bits{i}({self.width(program.outputs[i].level)} + 8);" for i in self.bits_out),
             *self._thread(),
             f"#pragma omp for schedule({self.schedule})",
             "for (int64_t chunk = 0; chunk < chunks; chunk++) {",
@@ -213,8 +220,8 @@ class Source:
                 step = f"f < {width} * (int64_t)sizeof(*o{i})"
                 lines.append(f"for (int64_t f = 0; {step}; f += 64) __builtin_prefetch({ahead} + f);")
             elif operand.dtype == "bits":
-                lines.append(f"unpack(o{i} + e * (({width} + 7) / 8), {width}, in_bits{i}.data());")
-                lines.append(f"const uint8_t* const __restrict p{i} = in_bits{i}.data();")
+                lines.append(f"unpack(o{i} + e * (({width} + 7) / 8), {width}, in_bits{i}.data);")
+                lines.append(f"const uint8_t* const __restrict p{i} = in_bits{i}.data;")
             elif operand.where == "edge":
                 lines.append(f"const auto* const __restrict p{i} = o{i} + e * {width};")
         return lines
@@ -235,7 +242,7 @@ class Source:
         lines = []
         for i in self.folded:
             where = f"r{i} + i * {self.width(self.program.outputs[i].level)}"
-            lines.append(f"T* const __restrict a{i} = {f'row{i}.data()' if i in self.apart else where};")
+            lines.append(f"T* const __restrict a{i} = {f'row{i}.data' if i in self.apart else where};")
         return lines
 
     def _end(self) -> list[str]:
@@ -254,7 +261,7 @@ class Source:
         """Computes what an edge adds to results, or is written down of it."""
         program = self.program
         lines = []
-        lines += [f"uint8_t* const __restrict b{i} = out_bits{i}.data();" for i in self.bits_out]
+        lines += [f"uint8_t* const __restrict b{i} = out_bits{i}.data;" for i in self.bits_out]
         lines += self._steps("", self.shown)
         for i, output in enumerate(program.outputs):
             if _nest(output) == "" and output.kind != "dot":
@@ -316,7 +323,7 @@ class Source:
         if not isinstance(argument, str):
             number = float(argument)
             if number != number or number in (float("inf"), float("-inf")):
-                return {"inf": "T(INFINITY)", "-inf": "T(-INFINITY)", "nan": "T(NAN)"}[str(number)]
+                return LIMITS[str(number)]
             return f"T({number!r})"
         if argument[0] == "v":
             return argument

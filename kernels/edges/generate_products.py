@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
-from .generate import HEAD, Source, real
+from .generate import Source, head
 from .program import INNER, Output, Program, parse
 
 TILE = 8
 PRODUCTS = r"""
-#include <algorithm>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -62,8 +61,8 @@ static inline void outer(const T* a, const T* b, T* sum, int64_t inner, int64_t 
     }
   }
 }
-static inline void flush(std::vector<T>& part, std::vector<T>& sum) {
-  for (size_t f = 0; f < sum.size(); f++) { sum[f] += part[f]; part[f] = 0; }
+static inline void flush(T* part, T* sum, int64_t size) {
+  for (int64_t f = 0; f < size; f++) { sum[f] += part[f]; part[f] = 0; }
 }
 """
 
@@ -72,7 +71,7 @@ static inline void flush(std::vector<T>& part, std::vector<T>& sum) {
 def generate_products(text: str) -> str:
     """The source of a function `run` that does what the program written down as `text` does."""
     program = parse(text)
-    return HEAD + real(program) + PRODUCTS + _Tiled(program).function()
+    return head(program) + PRODUCTS + _Tiled(program).function()
 
 
 class _Tiled(Source):
@@ -109,15 +108,16 @@ class _Tiled(Source):
             inner, width = self.width(level[0]), self.width(level[1:])
             lines += [
                 f"const int64_t stride{t} = padded({width});",
-                f"std::vector<T> matrix{t}({inner} * stride{t});",
+                f"Row<T> matrix{t}({inner} * stride{t});",
                 f"for (int64_t x = 0; x < {inner}; x++) for (int64_t f = 0; f < {width}; f++)",
-                f"matrix{t}[x * stride{t} + f] = load(o{i}, x * {width} + f);",
+                f"matrix{t}.data[x * stride{t} + f] = load(o{i}, x * {width} + f);",
             ]
         for i in self.outer:
             inner, width = self._sizes(i)
             lines += [
                 f"const int64_t wide{i} = padded({width});",
-                f"std::vector<std::vector<T>> sums{i}(threads, std::vector<T>({inner} * wide{i}));",
+                f"const int64_t size{i} = {inner} * wide{i};",
+                f"Row<T> sums{i}(threads * size{i});",
             ]
         return lines
 
@@ -130,11 +130,11 @@ class _Tiled(Source):
         lines = ["int64_t node[TILE];"]
         for t in self.products:
             inner = self.width(self._axis(t))
-            lines.append(f"std::vector<T> in{t}(TILE * {inner}), tile{t}(TILE * stride{t});")
+            lines.append(f"Row<T> in{t}(TILE * {inner}), tile{t}(TILE * stride{t});")
         for i in self.outer:
             inner, _ = self._sizes(i)
-            lines.append(f"std::vector<T> left{i}(TILE * {inner}), right{i}(TILE * wide{i});")
-            lines.append(f"std::vector<T> part{i}({inner} * wide{i}), sum{i}({inner} * wide{i});")
+            lines.append(f"Row<T> left{i}(TILE * {inner}), right{i}(TILE * wide{i});")
+            lines.append(f"Row<T> part{i}(size{i}), sum{i}(size{i});")
         if self.outer:
             lines.append("int64_t tiles = 0;")
         return lines
@@ -143,11 +143,11 @@ class _Tiled(Source):
         lines = []
         for i in self.outer:
             lines += [
-                f"flush(part{i}, sum{i});",
+                f"flush(part{i}.data, sum{i}.data, size{i});",
                 "#ifdef _OPENMP",
-                f"sums{i}[omp_get_thread_num()] = sum{i};",
+                f"memcpy(sums{i}.data + omp_get_thread_num() * size{i}, sum{i}.data, size{i} * sizeof(T));",
                 "#else",
-                f"sums{i}[0] = sum{i};",
+                f"memcpy(sums{i}.data, sum{i}.data, size{i} * sizeof(T));",
                 "#endif",
             ]
         return lines
@@ -159,7 +159,7 @@ class _Tiled(Source):
             lines += [
                 f"for (int64_t x = 0; x < {inner}; x++) for (int64_t f = 0; f < {width}; f++) {{",
                 "T total = 0;",
-                f"for (auto& sum : sums{i}) total += sum[x * wide{i} + f];",
+                f"for (int64_t t = 0; t < threads; t++) total += sums{i}.data[t * size{i} + x * wide{i} + f];",
                 f"store(r{i}, x * {width} + f, total);",
                 "}",
             ]
@@ -183,15 +183,13 @@ class _Tiled(Source):
         for i in self.outer:
             inner, _ = self._sizes(i)
             lines += [
-                f"if (count < TILE) std::fill(left{i}.begin(), left{i}.end(), T(0));",
-                f"if (count < TILE) std::fill(right{i}.begin(), right{i}.end(), T(0));",
+                f"if (count < TILE) memset(left{i}.data, 0, TILE * {inner} * sizeof(T));",
+                f"if (count < TILE) memset(right{i}.data, 0, TILE * wide{i} * sizeof(T));",
             ]
         for t in self.products:
             value = self.program.steps[t].arguments[0]
             lines += self._filled(f"in{t}", str(value), self._axis(t))
-            lines.append(
-                f"product(in{t}.data(), matrix{t}.data(), tile{t}.data(), {self.width(self._axis(t))}, stride{t});"
-            )
+            lines.append(f"product(in{t}.data, matrix{t}.data, tile{t}.data, {self.width(self._axis(t))}, stride{t});")
         for i in self.outer:
             other = self.program.outputs[i].other
             lines += self._filled(f"left{i}", other, self.program.level_of(other))
@@ -209,9 +207,13 @@ class _Tiled(Source):
         ]
         for i in self.outer:
             inner, _ = self._sizes(i)
-            lines.append(f"outer(left{i}.data(), right{i}.data(), part{i}.data(), {inner}, wide{i});")
+            lines.append(f"outer(left{i}.data, right{i}.data, part{i}.data, {inner}, wide{i});")
         if self.outer:
-            lines += ["if (++tiles % 128 == 0) {", *(f"flush(part{i}, sum{i});" for i in self.outer), "}"]
+            lines += [
+                "if (++tiles % 128 == 0) {",
+                *(f"flush(part{i}.data, sum{i}.data, size{i});" for i in self.outer),
+                "}",
+            ]
         return [*lines, "}"]
 
     def _filled(self, buffer: str, value: str, axis: str) -> list[str]:
@@ -220,7 +222,7 @@ class _Tiled(Source):
         steps, _, _ = self._needed([value])
         return [
             *self._each([value]),
-            f"T* const __restrict row = {buffer}.data() + m * {size};",
+            f"T* const __restrict row = {buffer}.data + m * {size};",
             *self._steps("", steps),
             "#pragma omp simd",
             f"for (int64_t {axis} = 0; {axis} < {size}; {axis}++) {{",
@@ -238,7 +240,7 @@ class _Tiled(Source):
             "const int64_t k = first + m, i = node[m];",
             *self._rows_of_node("i", operands),
             *self._rows_of_edge(operands, "k + TILE < edges ? k + TILE : k"),
-            *(f"const T* const __restrict q{t} = tile{t}.data() + m * stride{t};" for t in products),
+            *(f"const T* const __restrict q{t} = tile{t}.data + m * stride{t};" for t in products),
         ]
 
     def _needed(self, values: Iterable[str]) -> tuple[set[int], list[int], list[int]]:
@@ -261,7 +263,7 @@ class _Tiled(Source):
 
     def _write(self, i: int, output: Output) -> str:
         if output.kind == "outer":
-            return f"right{i}[m * wide{i}{self.at(output.level)}] = {self._value(output.value)};"
+            return f"right{i}.data[m * wide{i}{self.at(output.level)}] = {self._value(output.value)};"
         return super()._write(i, output)
 
     def _value(self, argument: str | float) -> str:

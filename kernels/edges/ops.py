@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import lru_cache, partial
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-from .._cpp import I32, I64, P, compile_source
+from .._cpp import I32, I64, P, begin, compile_source
 from ..cuda import forms
 from .generate import generate
 from .generate_products import generate_products
@@ -20,7 +20,6 @@ from .group import MOST, Grouping, group, grouping, row_of
 from .program import Operand, Output, Program, Step, dtype_of, parse, row_size, rows_of, run_reference
 
 RUN = {"run": (P, P, P, P, P, I64, I64, I64, I32)}
-_compilers = ThreadPoolExecutor(2, "actcompile-compile")
 _kernels: dict[str, Future[ctypes.CDLL | None]] = {}
 _lock = Lock()
 ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
@@ -153,7 +152,7 @@ def _begun(text: str) -> Future[ctypes.CDLL | None]:
     with _lock:
         if text not in _kernels:
             source = generate_products if parse(text).inner else generate
-            _kernels[text] = _compilers.submit(lambda: compile_source(source(text), RUN))
+            _kernels[text] = begin(lambda: compile_source(source(text), RUN))
         return _kernels[text]
 
 

@@ -65,7 +65,12 @@ from torch._guards import CompileContext, Guard, detect_fake_mode
 
 # An op that writes into an argument as a function: Inductor writes in place where that is safe, and copies elsewhere.
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
-from torch._inductor.compile_fx import compile_fx, partition_fn
+
+# What Inductor's module of a graph hands its C++ kernels to, and what compiles and loads one: `together` puts kernels
+# in one source. `cpp_pybinding(argtypes, source)`, `wait(names)` and `load_async(source)` are the same in 2.11 to 2.14.
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner, partition_fn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
@@ -119,7 +124,9 @@ disabled_torch_function = torch._C._disabled_torch_function_impl
 make_subclass = torch.Tensor._make_subclass
 
 __all__ = [
+    "AsyncCompile",
     "ConvertFrameAssert",
+    "CppPythonBindingsCodeCache",
     "CustomPartitionerFn",
     "DataDependentOutputException",
     "DisableTorchFunctionSubclass",
@@ -146,6 +153,7 @@ __all__ = [
     "boxed_nop",
     "call_functional",
     "compile_fx",
+    "compile_fx_inner",
     "compile_in_place",
     "compiling",
     "convert_frame",
@@ -161,6 +169,7 @@ __all__ = [
     "formula",
     "free_unbacked_symbols",
     "functorch_config",
+    "get_compile_threads",
     "get_cpp_compiler",
     "gradient_of",
     "graph_break_reasons",
@@ -350,7 +359,7 @@ def unify(known: Any, size: Any) -> None:
 def makes_sizes(node: torch.fx.Node) -> bool:
     """Whether a node's value has sizes that depend on data and that none of its arguments has, as `nonzero` makes."""
     sizes = free_unbacked_symbols(node.meta["val"])
-    return bool(sizes - free_unbacked_symbols([n.meta["val"] for n in node.all_input_nodes]))
+    return bool(sizes) and bool(sizes - free_unbacked_symbols([n.meta["val"] for n in node.all_input_nodes]))
 
 
 def is_unbacked(size: Any) -> bool:

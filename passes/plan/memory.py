@@ -115,9 +115,9 @@ def is_loop(node: fx.Node) -> bool:
     target = node.target
     return (
         isinstance(target, torch._ops.OpOverload)
+        and (torch.Tag.pointwise in target.tags or target.namespace == "prims" or target in (*LOOPS, *MOVES))
         and not is_view(node)
         and not _torch.makes_sizes(node)  # a selection by a mask is a call
-        and (torch.Tag.pointwise in target.tags or target.namespace == "prims" or target in (*LOOPS, *MOVES))
     )
 
 

@@ -89,7 +89,7 @@ def test_nothing_is_written_behind_the_end(fmt, monkeypatch):
     for numel in (1, fmt.group - 1, fmt.group, 3 * fmt.group + 1):
         for dtype in FLOATS:
             x = values("normal", numel, 1).to(dtype)
-            library, native = cpu.compiled(fmt)
+            library, native = cpu.compiled(fmt, dtype)
             assert library is not None and native.block == fmt.block
             parts = quantize(x, seed, 0, fmt.bits, fmt.block, fmt.levels, fmt.metadata, fmt.words)
             assert_same_encoding(parts, quantize_reference(x, seed, 0, fmt))
