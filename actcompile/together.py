@@ -7,9 +7,11 @@ its own; nothing else of them changes.
 
 Inductor's module of a graph hands over each kernel's source, and then waits for all: between the two they are put
 together. That is so while a graph is compiled, or loaded from a cache, for a backend of ours, and for no other graph.
+What can't be compiled together is compiled kernel by kernel, as Inductor itself does.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,11 +25,15 @@ BINDINGS = Path(__file__).with_name("together.cpp")
 _together: ContextVar[bool] = ContextVar("actcompile_together", default=False)
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass(eq=False)
 class Pending:
-    """Stands for a kernel until its graph's module waits."""
+    """Stands for a kernel until its graph's module waits; `alone` has Inductor compile it."""
 
     source: str
+    alone: Callable[[], Any]
 
 
 @contextmanager
@@ -80,7 +86,8 @@ def _handing_over(cpp_pybinding: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(cpp_pybinding)
     def call(self: AsyncCompile, argtypes: list[str], source_code: str) -> Any:
-        return Pending(source_code) if _together.get() else cpp_pybinding(self, argtypes, source_code)
+        alone = functools.partial(cpp_pybinding, self, argtypes, source_code)
+        return Pending(source_code, alone) if _together.get() else alone()
 
     return call
 
@@ -90,8 +97,13 @@ def _waiting(wait: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(wait)
     def call(self: AsyncCompile, scope: dict[str, Any]) -> None:
-        names = [name for name, value in scope.items() if isinstance(value, Pending)]
-        scope.update(zip(names, compile_together([scope[name].source for name in names]), strict=True))
+        pending = {name: value for name, value in scope.items() if isinstance(value, Pending)}
+        try:
+            kernels = compile_together([kernel.source for kernel in pending.values()])
+        except Exception as error:  # whatever a compiler, or Inductor's code that is not as we know it, may raise
+            log.warning("Inductor's kernels are compiled one by one: %s", str(error).strip().splitlines()[:1])
+            kernels = [kernel.alone() for kernel in pending.values()]
+        scope.update(zip(pending, kernels, strict=True))
         wait(self, scope)
 
     return call

@@ -104,6 +104,17 @@ def test_forward_and_backward_are_compiled_together_and_other_models_are_not(sou
     assert len(sources) == 4 and sum(sources) > 4  # two for forward, two for backward
 
 
+def test_what_does_not_compile_together_is_compiled_one_by_one(monkeypatch, tmp_path, caplog):
+    monkeypatch.setitem(os.environ, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(together, "joined", lambda sources: "no C++")
+    torch._dynamo.reset()
+    model, x = Layers(), torch.randn(35, 16)
+    reference = step(uncompressed(model), [x], model.parameters())
+    with caplog.at_level("WARNING"):
+        assert_close(step(actcompile.compress(model, **INDUCTOR), [x], model.parameters()), reference, 1e-5)
+    assert "one by one" in caplog.text
+
+
 def test_what_is_found_compiled_is_found_together(sources, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, x = Layers(), torch.randn(34, 16)

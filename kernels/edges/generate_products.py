@@ -124,7 +124,7 @@ class _Tiled(Source):
     def _sizes(self, output: int) -> tuple[str, str]:
         """The number of rows and of columns of a sum of outer products."""
         made = self.program.outputs[output]
-        return self.width(self.program.level_of(made.other)), self.width(made.level)
+        return self.width(made.axis), self.width(made.level)
 
     def _thread(self) -> list[str]:
         lines = ["int64_t node[TILE];"]
@@ -191,8 +191,8 @@ class _Tiled(Source):
             lines += self._filled(f"in{t}", str(value), self._axis(t))
             lines.append(f"product(in{t}.data, matrix{t}.data, tile{t}.data, {self.width(self._axis(t))}, stride{t});")
         for i in self.outer:
-            other = self.program.outputs[i].other
-            lines += self._filled(f"left{i}", other, self.program.level_of(other))
+            output = self.program.outputs[i]
+            lines += self._filled(f"left{i}", output.other, output.axis)
         lines += [
             *self._each([o.value for o in self.program.outputs]),
             *self._accumulators(),
@@ -217,8 +217,8 @@ class _Tiled(Source):
         return [*lines, "}"]
 
     def _filled(self, buffer: str, value: str, axis: str) -> list[str]:
-        """Computes rows of an inner axis, or of one number, one for each edge of the tile."""
-        size, axis = self.width(axis), axis or INNER[0]
+        """Computes rows of an inner axis, one for each edge of the tile."""
+        size = self.width(axis)
         steps, _, _ = self._needed([value])
         return [
             *self._each([value]),

@@ -58,7 +58,8 @@ class Output:
     """What is made of a value.
 
     kind: one of `REDUCTIONS`, over a node's edges; "edge", written down for each edge; "dot", its sum over columns,
-        written down for each edge; "outer", the sum over all edges of `other`, a row of an inner axis, times `value`.
+        written down for each edge; "outer", the sum over all edges of `other`, a row of the inner axis `axis`, times
+        `value`.
     dtype: as of an operand; "bits" for comparisons that are written down.
     """
 
@@ -67,6 +68,7 @@ class Output:
     level: str
     dtype: str
     other: str = ""
+    axis: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def row_size(part: Operand | Output, heads: int, columns: int, inner: Sequence[i
 def rows_of(program: Program, output: Output, nodes: Any, edges: Any) -> Any:
     """The number of rows of a result."""
     if output.kind == "outer":
-        return width(program.level_of(output.other), 1, 1, program.inner)
+        return width(output.axis, 1, 1, program.inner)
     return nodes if output.kind in REDUCTIONS else edges
 
 
@@ -210,7 +212,7 @@ def run_reference(
         arguments = [values[a] if isinstance(a, str) else a for a in step.arguments]
         if step.op == "product":
             row, matrix = arguments
-            product = row.expand(edges, -1, -1).flatten(1) @ matrix  # type: ignore[union-attr]
+            product = row.expand(edges, 1, len(matrix)).flatten(1) @ matrix  # type: ignore[union-attr, arg-type]
             values[f"v{i}"] = product.view(edges, *shape(step.level, heads, columns, inner))
             continue
         if step.op in ("maximum", "minimum", "where"):
@@ -226,7 +228,8 @@ def run_reference(
         level = output.level + "c" if output.kind == "dot" else output.level
         value = value.expand(edges, *shape(level, heads, columns, inner))
         if output.kind == "outer":
-            value = values[output.other].expand(edges, -1, -1).flatten(1).T @ value.flatten(1)
+            size = width(output.axis, heads, columns, inner)
+            value = values[output.other].expand(edges, 1, size).flatten(1).T @ value.flatten(1)
         elif output.kind == "dot":
             value = value.sum(2, keepdim=True)
         elif output.kind in REDUCTIONS:

@@ -79,6 +79,7 @@ class _ByNode:
         if self.moved:
             self.graph.eliminate_dead_code()
             for node in reversed(self.graph.nodes):
+                self.made.clear()  # what was made for a later node comes too late
                 self._only_columns(node)
             self.graph.eliminate_dead_code()
         return self.moved
@@ -223,6 +224,7 @@ class _ByNode:
                 node.replace_all_uses_with(self._call(node, value.target, *args))
                 self.graph.erase_node(node)
                 self.graph.erase_node(value)
+                self.made.clear()
                 for arg in args:
                     if isinstance(arg, fx.Node) and arg.target is aten.slice.Tensor:
                         self._only_columns(arg)

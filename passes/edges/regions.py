@@ -19,7 +19,7 @@ from actcompile.kernels.edges.program import COMPARING, INNER, Operand, Output, 
 
 from ..graph import _torch
 from ..graph.split import is_tensor
-from .takes import SAME, Index, Take, take_of
+from .takes import SAME, Index, Take, is_below_zero, take_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -150,6 +150,9 @@ class Builder:
             if not any(isinstance(a, str) for a in arguments):
                 raise Unfit("a number computed of numbers")
             level = _join(*(self._level(a) for a in arguments))
+            if op == "exp" and is_below_zero(node.args[0]):  # also where both were rounded apart, in backward
+                self.steps.append(Step("minimum", (*arguments, 0.0), level))
+                arguments = (f"v{len(self.steps) - 1}",)
             self.steps.append(Step(op, arguments, level))
             if dtype.itemsize == 2 and op not in KEEPING:  # as torch does: a maximum is compared with its messages
                 self.steps.append(Step(str(dtype)[6:], (f"v{len(self.steps) - 1}",), level))
@@ -339,8 +342,8 @@ def _written(
     left = builder.row(other) if other is not None else None
     if other is not None and left is None:
         raise Unfit("too many products")
-    dtype = str(end.meta["val"].dtype)[6:]
-    output = Output(kind, made, level.replace("c", "") if kind == "dot" else level, dtype, left[0] if left else "")
+    level = level.replace("c", "") if kind == "dot" else level
+    output = Output(kind, made, level, str(end.meta["val"].dtype)[6:], *(left or ()))
     program = Program(tuple(builder.operands), tuple(builder.steps), (output,), tuple(builder.inner.values()))
     return Region(end, by, heads, columns, program, builder.indices, builder.nodes_read, builder.inside, builder.masks)
 

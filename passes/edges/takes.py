@@ -136,6 +136,22 @@ def reduction_of(node: fx.Node) -> Reduction | None:
     return Reduction(kind, index, value, base, rows if isinstance(rows, int) else None)
 
 
+def is_below_zero(node: object) -> bool:
+    """Whether a node is rows of edges less the largest of their node's, as in a softmax: at most zero."""
+    match node:
+        case fx.Node(target=aten.sub.Tensor, args=(fx.Node() as value, fx.Node() as taken)) if not node.kwargs:
+            take = take_of(original(taken))
+            largest = reduction_of(original(take.matrix)) if take is not None else None
+            return (
+                take is not None
+                and largest is not None
+                and largest.kind == "max"
+                and largest.index == take.index
+                and original(largest.value) is original(value)
+            )
+    return False
+
+
 def _is_index(node: fx.Node) -> bool:
     return is_tensor(node) and node.meta["val"].dtype in (torch.int64, torch.int32)
 

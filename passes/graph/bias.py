@@ -13,6 +13,7 @@ So `x * mean(x)` of BatchNorm's backward is biased by the variance over `n`, whi
 also where the sum or mean over many rows is taken afterwards: that averages the noise, not the bias. A non-linear
 function of one element is biased by its variance; of a mean, by that of the mean. Where the function is *steep* near
 zero (a divisor, a logarithm, a root), no variance bounds the bias: what matters is the error relative to the element.
+Where its argument is a sum that may cancel, not even that does: rounding may make zero of it.
 
 `bias` follows the shares through the backward graph, op by op, by the rules of `linearity`, and returns for each source
 the worst product, as the number `n` by which its variance is divided. Whatever it cannot prove counts as made of single
@@ -42,6 +43,10 @@ from .signs import never_negative
 STEEP = {"div": "other", "reciprocal": "self", "rsqrt": "self", "sqrt": "self", "pow": "self"}  # op -> argument
 STEEP |= {"log": "self", "log2": "self", "log10": "self"}
 AWAY = 0.05  # what is larger is not near zero
+TINY = 1e-6  # what is added to a divisor so that it is not zero
+POWERS = {"mul", "div", "abs", "relu", "where", "sqrt", "rsqrt", "reciprocal", "pow", "square", "exp", "sigmoid"}
+POWERS |= {"maximum", "minimum", "leaky_relu", "cat", "stack"}  # what they make is as exact, relative to itself
+SUMS = {"add", "sum", "mean", "scatter_add", "index_add", "index_put"}  # so are theirs, of what is never negative
 SPREADS = ("aten.var", "aten.var_mean", "aten.std")  # made of sums, but not linear
 NEARLY = 4  # a sum of n elements times 1 / n up to such a factor is a mean: 1 / (n - 1), 2 / n
 
@@ -78,13 +83,15 @@ class Form:
     Attributes:
         shares: those that occur among the elements of the value.
         averaged_over: its mean is off by the variance of an element over so many; infinite where it is not off, 0 where
-            a function that is steep near zero was taken of single elements.
+            a function that is steep near zero was taken of single elements, -1 where of what rounding may make zero.
         through: the op that did so.
+        relative: whether the value is zero only where it would be without rounding, if no element is rounded to zero.
     """
 
     shares: frozenset[Share] = frozenset((ELEMENT,))
     averaged_over: float = math.inf
     through: fx.Node | None = None
+    relative: bool = True
 
     def biased(self, over: float, node: fx.Node) -> Form:
         """This form, after `node` made a product that moves the mean by the variance over so many."""
@@ -108,12 +115,14 @@ class Dependence:
         through: the op of the backward graph that does so most.
         averaged_over: the bias is the rounding's variance over so many elements; 1: element by element; 0: no bias.
         steep: element by element, through a function that is steep near zero.
+        vanishing: through such a function of a value that rounding may make zero, however small it is.
     """
 
     biased: bool
     through: fx.Node | None = None
     averaged_over: int = 0
     steep: bool = False
+    vanishing: bool = False
 
     @property
     def op(self) -> str:
@@ -222,9 +231,12 @@ class _Propagation:
                 if other in output.named or _is_pointwise(node):
                     over = min(a.meets(b) for a in given[one].shares for b in given[other].shares)
                     single = any(share.summed == 1 for share in given[other].shares)
-                    form = form.biased(0.0 if single and _is_steep(node, bound.get(other)) else over, node)
+                    steep = single and _is_steep(node, bound.get(other))
+                    form = form.biased((0.0 if given[other].relative else -1.0) if steep else over, node)
                 else:
                     form = form.unknown(node)
+            if not (form.relative and _is_relative(node, output)):
+                form = replace(form, relative=False)
             result[source] = _scaled(form, _factor(node))
         return result
 
@@ -269,7 +281,7 @@ def _joined(forms: Iterable[Form]) -> Form:
         return forms[0]
     worst = min(forms, key=lambda f: (f.averaged_over, f.through is None, f.through))
     shares = frozenset(share for form in forms for share in form.shares)
-    return Form(shares, worst.averaged_over, worst.through)
+    return Form(shares, worst.averaged_over, worst.through, all(form.relative for form in forms))
 
 
 def _meeting(output: Polynomial, given: Mapping[str, Form]) -> Iterator[tuple[str, str]]:
@@ -342,7 +354,20 @@ def _scaled(form: Form, factor: float) -> Form:
 def _dependence(form: Form | None) -> Dependence:
     if form is None or form.averaged_over == math.inf:
         return Dependence(False)
-    return Dependence(True, form.through, max(1, int(form.averaged_over)), steep=form.averaged_over == 0)
+    over = form.averaged_over
+    return Dependence(True, form.through, max(1, int(over)), steep=over <= 0, vanishing=over < 0)
+
+
+def _is_relative(node: fx.Node, output: Polynomial) -> bool:
+    """Whether an op makes zero only of zeros: one that moves elements, powers and products, sums without cancelling."""
+    name = str(getattr(node.target, "overloadpacket", "")).partition(".")[2]
+    if name in SUMS:
+        numbers = [abs(n) for a in node.args[:2] if (n := _torch.number(a)) is not None]
+        if numbers and name == "add":
+            return max(numbers) <= TINY or never_negative(node)
+        return never_negative(node)
+    (first, *more) = output.terms or (None,)
+    return name in POWERS or (first is not None and not more and not first.reduce and len(first.factors) == 1)
 
 
 def _is_steep(node: fx.Node, argument: Any) -> bool:

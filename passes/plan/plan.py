@@ -221,6 +221,8 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
         return Keep(), f"one number per row, biased through {dependence.op}: kept exact"
     if dependence.steep and policy.nonlinear_bits == "auto":
         how = f"biased through {dependence.op}, element by element, and steep near zero"
+        if dependence.vanishing:
+            return Keep(), f"{how}, of a sum that rounding may make zero: kept exact"
         if value.dtype is torch.float32:
             return Cast(torch.bfloat16), f"{how}: rounded relative to each element"
         return Keep(), f"{how}: kept exact"
@@ -241,7 +243,7 @@ def bits_of(dependence: Dependence, value: torch.Tensor, policy: Policy) -> int 
     if policy.nonlinear_bits != "auto":
         return policy.nonlinear_bits
     if dependence.steep:
-        return 16
+        return None if dependence.vanishing else 16
     if dependence.averaged_over >= MANY and policy.bits is not None:
         return policy.bits
     return max(4, policy.bits or 4) if dependence.averaged_over >= FEW else 8

@@ -48,8 +48,8 @@ def programs(draw, dtype):
     kinds = ("sum", "max", "min", "edge", "outer") + (("dot",) if "c" in level else ())
     outputs = []
     for kind in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=2)):
-        other = draw(st.sampled_from((first, *rows[:2]))) if kind == "outer" else ""
-        outputs.append(Output(kind, value, level.replace("c", "") if kind == "dot" else level, dtype, other))
+        other = (draw(st.sampled_from((first, *rows))), "x") if kind == "outer" else ()
+        outputs.append(Output(kind, value, level.replace("c", "") if kind == "dot" else level, dtype, *other))
     return Program(tuple(operands), tuple(steps), tuple(outputs), tuple(inner))
 
 
@@ -121,12 +121,31 @@ def test_an_extremum_is_one_of_its_messages_to_the_bit(inner, columns):
         assert torch.equal(found, rows == top[by[order]])
 
 
+def test_rows_of_one_number_are_as_wide_as_the_matrix_has_rows():
+    """As a column that is expanded before it is multiplied."""
+    operands = Operand("edge", -1, "", "float32"), Operand("matrix", -1, "xc", "float32")
+    program = Program(
+        operands,
+        (Step("product", ("o0", "o1"), "c"),),
+        (Output("edge", "v0", "c", "float32"), Output("outer", "v0", "c", "float32", "o0", "x")),
+        (7,),
+    )
+    column, matrix, by = torch.randn(20, 1), torch.randn(7, 5), torch.randint(4, (20,))
+    rows = column.expand(20, 7)
+    for ours in (
+        run(program, [column, matrix], by, [], 4, 1, 5),
+        run_reference(program, [column, matrix], by, [], 4, 1, 5),
+    ):
+        torch.testing.assert_close(ours[0], rows @ matrix, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[1], rows.T @ rows @ matrix, rtol=1e-5, atol=1e-4)
+
+
 def test_sums_over_many_edges_round_little():
     """A gradient of weights over 300,000 edges is as exact as torch's own product."""
     program = Program(
         (Operand("edge", -1, "x", "float32"), Operand("edge", -1, "c", "float32")),
         (),
-        (Output("outer", "o1", "c", "float32", "o0"),),
+        (Output("outer", "o1", "c", "float32", "o0", "x"),),
         (3,),
     )
     generator = torch.Generator().manual_seed(0)

@@ -68,6 +68,13 @@ def called(graphs, *targets):
     return [node for both in graphs for g in both for node in g.nodes if node.target in targets]
 
 
+def of_inputs(node):
+    """Whether a node of backward is computed of the model's inputs alone, which are never rounded."""
+    if node.op == "placeholder":
+        return node.name.startswith("primals")
+    return all(map(of_inputs, node.all_input_nodes))
+
+
 def draws(name):
     return name in ("GAT 2 heads", "GATv2 edges", "Transformer edges")  # dropout draws other numbers in eager
 
@@ -80,7 +87,8 @@ def test_gradients_are_those_of_eager(name, graphs):
     assert called(graphs, ops.edges.default, ops.aggregate.default) or name in NOTHING_TO_FUSE
     for _, backward in graphs:  # what is rounded is not compared: masks come from forward
         for node in backward.find_nodes(op="call_function", target=ops.edges.default):
-            assert not {s.op for s in parse(node.args[0]).steps} & COMPARING
+            steps = {s.op for s in parse(node.args[0]).steps}
+            assert not steps & COMPARING or of_inputs(node)
 
 
 NOTHING_TO_FUSE = ("Arma", "segment", "scatter mul", "own across")

@@ -383,3 +383,22 @@ def test_what_is_steep_near_zero_is_told(function, steep):
     inputs = [torch.rand(40, 4, dtype=torch.float64) for _ in "sg"]
     _, (found, _) = verdicts(lambda s, g: (function(s, g),), *inputs)
     assert found.steep == steep
+
+
+@pytest.mark.parametrize(
+    ("function", "vanishing"),
+    [
+        (lambda s, g: g / s, False),
+        (lambda s, g: g / (3 * s.abs()).sqrt(), False),
+        (lambda s, g: g / (s * g), False),
+        (lambda s, g: g / (s.square().sum(1, keepdim=True).sqrt() + 1e-12), False),
+        (lambda s, g: g / (s + 1e-16), False),
+        (lambda s, g: g / (s + g), True),
+        (lambda s, g: g / (s - 0.5), True),
+        (lambda s, g: g / (s[:20] - s[20:]).repeat(2, 1), True),
+    ],
+)
+def test_what_rounding_may_make_zero_of_is_told(function, vanishing):
+    inputs = [torch.rand(40, 4, dtype=torch.float64) for _ in "sg"]
+    _, (found, _) = verdicts(lambda s, g: (function(s, g),), *inputs)
+    assert found.vanishing == vanishing
