@@ -108,6 +108,10 @@ def test_gradients_on_any_graph(name, kind):
 @pytest.mark.parametrize("kind", GRAPHS)
 @pytest.mark.parametrize("name", [n for n in LAYERS if not n.startswith("two")])
 def test_gradients_of_every_layer_on_any_graph(name, kind, fuse):
+    if name == "learned with a norm" and kind == "one node":
+        pytest.skip("a norm over equal rows: what ReLU sees of it is rounding")
+    if name == "SuperGAT" and kind == "no edges":
+        pytest.skip("no index for torch, in eager too")
     model, takes = build(name)
     check(model, graph(kind, takes=takes), reference=uncompressed(model) if draws(name) else None, fuse=fuse)
 
