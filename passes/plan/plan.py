@@ -243,7 +243,7 @@ def bits_of(dependence: Dependence, value: torch.Tensor, policy: Policy) -> int 
     if policy.nonlinear_bits != "auto":
         return policy.nonlinear_bits
     if dependence.steep:
-        return None if dependence.vanishing else 16
+        return 16  # at least
     if dependence.averaged_over >= MANY and policy.bits is not None:
         return policy.bits
     return max(4, policy.bits or 4) if dependence.averaged_over >= FEW else 8
