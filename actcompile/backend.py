@@ -73,10 +73,10 @@ def partition(
     if config.fast_dropout:
         dropout(joint, num_fwd_outputs)
     plain = _copied(joint) if config.fuse else joint
-    fused = fuse(joint, num_fwd_outputs, config, options)
+    fused, moved = fuse(joint, num_fwd_outputs, config, options)
     split = cut(joint, inputs, num_fwd_outputs, situation, **options)
     by_torch, saved_fused = split, find(split)
-    if any(not region.reason for region in fused):
+    if moved or any(not region.reason for region in fused):
         by_torch = cut(plain, inputs, num_fwd_outputs, situation, **options)
     saved_by_torch, memory_by_torch = find(by_torch), memory(by_torch, config)
     policy = config.policy(situation.training)
@@ -110,13 +110,19 @@ def _copied(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def fuse(joint: fx.GraphModule, num_fwd_outputs: int, config: Config, options: Mapping[str, Any]) -> list[Fused]:
-    """Fuses the message passing of a joint graph, in place; `options` are those of `partition`."""
+def fuse(
+    joint: fx.GraphModule, num_fwd_outputs: int, config: Config, options: Mapping[str, Any]
+) -> tuple[list[Fused], bool]:
+    """Fuses the message passing of a joint graph, in place; `options` are those of `partition`.
+
+    Returns:
+        the regions, and whether products were moved from edges to nodes.
+    """
     sizes(joint.graph)
     if not config.fuse:
-        return []
-    by_node(joint.graph)
-    return edges(joint.graph, num_fwd_outputs, parameters_of(joint, options))
+        return [], False
+    moved = by_node(joint.graph)
+    return edges(joint.graph, num_fwd_outputs, parameters_of(joint, options)), moved
 
 
 def cut(

@@ -8,15 +8,11 @@ regions are looked for:
 - `sum_e W m_e = W sum_e m_e`: what is summed up by node is multiplied after that.
 - `sum_e g_e x_e^T = sum_i (sum_e g_e) x_i^T`: so are gradients of weights.
 
-Each of them is another order of the same sums. It is done where there are fewer nodes than edges. A difference of rows
-is not pulled apart unless one of the two is multiplied by itself, too: of positions that are nearly the same, say, the
-difference of the products would be less exact than the product of the difference.
+Each of them is another order of the same sums. It is done where there are fewer nodes than edges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,36 +20,15 @@ from torch import fx
 
 from ..graph import _torch
 from ..graph.split import call, is_tensor
-from .takes import Index, Reduction, Take, is_transposed, original, reduction_of, take_of
+from .columns import Part, Taken, has_fewer_rows, parts_of
+from .takes import PRODUCTS, Index, Reduction, is_transposed, original, reduction_of, size_of
 
-aten, prims = torch.ops.aten, torch.ops.prims
-LINEAR = (aten.mm.default, aten.addmm.default)
+aten = torch.ops.aten
 DEEPEST = 100  # ops between a product and a sum over edges
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows that are taken of what `chain` makes of a matrix: ops that do the same to each row, first to last."""
-
-    take: Take
-    chain: tuple[fx.Node, ...] = ()
-
-
-@dataclass(frozen=True)
-class Part:
-    """Columns of a matrix with a row for each edge.
-
-    node: the matrix of these columns; None where they are only `terms`.
-    terms: the rows that they are a sum of, each with its sign; none where they are made otherwise.
-    """
-
-    width: int
-    node: fx.Node | None
-    terms: tuple[tuple[int, Rows], ...] = ()
-
-
-def by_node(joint: fx.Graph) -> list[fx.Node]:
-    """Moves products of a joint graph from edges to nodes, in place; returns what stands for them now."""
+def by_node(joint: fx.Graph) -> bool:
+    """Moves products of a joint graph from edges to nodes, in place; returns whether there were any."""
     return _ByNode(joint).run()
 
 
@@ -62,10 +37,10 @@ class _ByNode:
         self.graph = graph
         self.sums: dict[tuple[fx.Node, Index, str], fx.Node] = {}  # rows of edges, by node -> their sums
         self.made: dict[str, fx.Node] = {}
-        self.moved: list[fx.Node] = []
         self.of_products: dict[fx.Node, int] = {}  # what is linear in a product, through so many ops
 
-    def run(self) -> list[fx.Node]:
+    def run(self) -> bool:
+        moved = False
         for node in list(self.graph.nodes):
             if not is_tensor(node) or node.kwargs:
                 continue
@@ -73,16 +48,17 @@ class _ByNode:
             with self.graph.inserting_before(node):
                 new = self._rewritten(node)
             if new is not None:
-                self._replace(node, new)
+                node.replace_all_uses_with(new)
+                moved = True
         for node in list(self.graph.nodes):
             self._sum_of_sums(node)
-        if self.moved:
+        if moved:
             self.graph.eliminate_dead_code()
             for node in reversed(self.graph.nodes):
                 self.made.clear()  # what was made for a later node comes too late
                 self._only_columns(node)
             self.graph.eliminate_dead_code()
-        return self.moved
+        return moved
 
     def _follow(self, node: fx.Node) -> None:
         """Notes whether a value is linear in a product, through ops that `_sum` goes through."""
@@ -92,15 +68,11 @@ class _ByNode:
         if through and max(through) < DEEPEST:
             self.of_products[node] = 1 + max(through)
 
-    def _replace(self, node: fx.Node, new: fx.Node) -> None:
-        node.replace_all_uses_with(new)
-        self.moved.append(new)
-
     def _rewritten(self, node: fx.Node) -> fx.Node | None:
         reduction = reduction_of(node)
-        if reduction is not None and reduction.kind == "sum" and self._pays(node, reduction.value):
+        if reduction is not None and reduction.kind == "sum" and has_fewer_rows(node, reduction.value):
             return self._summed_first(node, reduction)
-        if node.target in LINEAR:
+        if node.target in PRODUCTS:
             args: list[Any] = list(node.args)
             *bias, one, other = args
             if is_transposed(one) and not bias:
@@ -111,11 +83,11 @@ class _ByNode:
     # W [x_i, x_j, e]
 
     def _taken_of_products(self, node: fx.Node, rows: fx.Node, weights: fx.Node, bias: Any = None) -> fx.Node | None:
-        parts = self._parts(rows)
+        parts = parts_of(rows)
         if parts is None:
             return None
         start, rest = 0, []
-        of_rows: dict[Rows, fx.Node] = {}
+        of_rows: dict[Taken, fx.Node] = {}
         for part in parts:
             columns = self._slice(weights, 0, start, start + part.width, like=node)
             start += part.width
@@ -150,7 +122,7 @@ class _ByNode:
     def _sum(self, value: fx.Node, index: Index, nodes: object, like: fx.Node) -> fx.Node:
         """The sums of rows of edges by node, which products are made of."""
         value = original(value)
-        key = value, index, str(_size(nodes))
+        key = value, index, str(size_of(nodes))
         if key in self.sums:
             return self.sums[key]
         if value not in self.of_products:
@@ -174,7 +146,7 @@ class _ByNode:
     def _weights(self, node: fx.Node, one: fx.Node, other: fx.Node) -> fx.Node | None:
         """The product of two matrices along their edges."""
         for left, right, dim in ((other, one, 1), (one, other, 0)):
-            parts = self._parts(left)
+            parts = parts_of(left)
             if parts is None:
                 continue
             blocks = [self._block(node, part, right, dim) for part in parts]
@@ -229,61 +201,7 @@ class _ByNode:
                     if isinstance(arg, fx.Node) and arg.target is aten.slice.Tensor:
                         self._only_columns(arg)
 
-    # rows of edges
-
-    def _parts(self, value: fx.Node) -> list[Part] | None:
-        """The columns of a matrix with a row for each edge; None where none of them is worth taking of a product."""
-        parts = list(self._columns(value))
-        alone = {term for part in parts if len(part.terms) == 1 for _, term in part.terms}
-        apart = [
-            part if len(part.terms) < 2 or alone & {term for _, term in part.terms} else Part(part.width, part.node)
-            for part in parts
-        ]
-        return apart if any(part.terms for part in apart) else None
-
-    def _columns(self, value: fx.Node) -> Iterator[Part]:
-        value = original(value)
-        shape = value.meta["val"].shape
-        if len(shape) != 2 or not isinstance(shape[1], int):
-            return
-        rows = self._rows(value)
-        if rows is not None:
-            yield Part(shape[1], value, ((1, rows),))
-            return
-        match value:
-            case fx.Node(target=aten.cat.default, args=([*pieces], 1 | -1)):
-                found = [list(self._columns(piece)) for piece in pieces]  # type: ignore[arg-type]
-                if all(found):
-                    yield from (part for parts in found for part in parts)
-                    return
-            case fx.Node(target=aten.add.Tensor | aten.sub.Tensor, args=(fx.Node() as a, fx.Node() as b)):
-                both = self._rows(a), self._rows(b)
-                if None not in both and all(_torch.same_sizes(n.meta["val"].shape, shape) for n in (a, b)):
-                    sign = 1 if value.target is aten.add.Tensor else -1
-                    yield Part(shape[1], value, ((1, both[0]), (sign, both[1])))  # type: ignore[arg-type]
-                    return
-        yield Part(shape[1], value)
-
-    def _rows(self, value: fx.Node) -> Rows | None:
-        """What a value is taken of, perhaps with the same done to each row afterwards."""
-        chain: list[fx.Node] = []
-        value = original(value)
-        while (take := take_of(value)) is None:
-            source = _by_row(value)
-            if source is None:
-                return None
-            chain.insert(0, value)
-            value = original(source)
-        return Rows(take, tuple(chain)) if self._pays(take.matrix, value) else None
-
-    def _pays(self, by_node: fx.Node, by_edge: fx.Node) -> bool:
-        """Whether a matrix has fewer rows than another one, of floats."""
-        nodes, edges = by_node.meta["val"], by_edge.meta["val"]
-        if not (nodes.is_floating_point() and edges.is_floating_point() and nodes.dim() and edges.dim()):
-            return False
-        return _torch.size_hint(nodes.shape[0]) < _torch.size_hint(edges.shape[0])
-
-    def _matrix(self, rows: Rows, like: fx.Node) -> fx.Node:
+    def _matrix(self, rows: Taken, like: fx.Node) -> fx.Node:
         """What rows are taken of."""
         matrix = rows.take.matrix
         for op in rows.chain:
@@ -335,29 +253,5 @@ def _linear_in(value: fx.Node) -> list[fx.Node]:
     return []
 
 
-def _by_row(value: fx.Node) -> fx.Node | None:
-    """What a node is made of, by an op that does the same to each row and keeps their number."""
-    source = value.args[0] if value.args else None
-    if not isinstance(source, fx.Node) or not is_tensor(source):
-        return None
-    sizes, sources = value.meta["val"].shape, source.meta["val"].shape
-    if not sizes or not sources or not _torch.known_true(sizes[0] == sources[0]):
-        return None
-    match value:
-        case fx.Node(target=aten.slice.Tensor | aten.select.int, args=(_, int() as dim, *_)) if dim > 0:
-            return source
-        case fx.Node(target=aten.view.default | aten.reshape.default):
-            return source if all(isinstance(size, int) and size for size in sizes[1:]) else None
-        case fx.Node(target=aten.unsqueeze.default, args=(_, int() as dim)) if dim > 0:
-            return source
-        case fx.Node(target=prims.convert_element_type.default):
-            return source if source.meta["val"].is_floating_point() else None
-    return None
-
-
 def _is_row(bias: object) -> bool:
     return isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1
-
-
-def _size(size: object) -> object:
-    return size.meta["val"] if isinstance(size, fx.Node) else size

@@ -16,7 +16,7 @@ atomics, and holds no messages for it either.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,13 +28,12 @@ from actcompile.kernels.edges.ops import aggregation, prepare
 from ..graph import _torch
 from ..graph.bodies import BODY, PARTIAL
 from ..graph.split import Split, call, inherit_origin, is_tensor, writes
-from .regions import LARGEST, Region, Unfit, is_computable, is_float, product_of, region
-from .takes import COPIES, Index, Reduction, Take, is_transposed, original, reduction_of, take_of
+from .regions import LARGEST, Region, Unfit, is_float, product_of, region
+from .rows import Rows, width
+from .takes import COPIES, Index, Reduction, Take, is_transposed, original, reduction_of, size_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 BY = {ops.edges.default: 1, ops.aggregate.default: 4}  # the position of the index that edges are grouped by
-DEEPEST = 2  # products one after another in a region; what comes after them begins at rows of edges in memory
-MOST_LEAVES = 8  # tensors that a value of rows of edges alone is made of
 EQUALITIES = (aten.eq.Tensor, aten.ne.Tensor)
 
 
@@ -79,11 +78,7 @@ class _Fusing:
         placeholders = graph.find_nodes(op="placeholder")
         self.of_tangents = _descendants(n for n in placeholders if "tangents" in n.name)
         self.of_parameters = _descendants(n for n in placeholders if n.name in parameters)
-        self.made_of_rows: dict[fx.Node, int] = {}  # -> through how many products
-        self.leaves: dict[fx.Node, tuple[int, frozenset[fx.Node]]] = {}  # of others: so many products, of which rows
-        for node in graph.nodes:
-            if is_tensor(node) and (_takes_floats(node) or is_computable(node) or product_of(node) is not None):
-                self._follow(node)
+        self.rows = Rows(graph)
         self.grouped: dict[tuple[Index, str], tuple[fx.Node, fx.Node]] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.swapped: set[fx.Node] = set()  # products along edges that are made the other way round
@@ -132,18 +127,18 @@ class _Fusing:
         """The region that a node ends, if it ends one."""
         reduction = reduction_of(node)
         if reduction is not None:
-            if not self.taken(reduction.value) and _width(reduction.value) == 1:
+            if not self.rows.taken(reduction.value) and width(reduction.value) == 1:
                 return None  # degrees and the like
             linear = self._linear(reduction)
             if linear is not None:
                 return None if _adds_atomically(node) else (*linear, reduction)
             nodes, exact = node.meta["val"].shape[0], self._exact(node)
-            return region(node, reduction.value, reduction.kind, reduction.index, nodes, self.computed, exact)
+            return region(node, reduction.value, reduction.kind, reduction.index, nodes, self.rows.computed, exact)
         match node:
             case fx.Node(target=aten.mm.default, args=(fx.Node() as one, fx.Node() as other)) if is_transposed(one):
                 return self._outer(node, one, other)
             case fx.Node(target=aten.sum.dim_IntList, args=(fx.Node() as value, [*dims], *_)) if not node.kwargs:
-                if _width(value) == 1 or not self._of_edges(value):
+                if width(value) == 1 or not self.rows.of_edges(value):
                     return None
                 if dims == [0]:
                     return self._apart(node, value, "sum")
@@ -165,25 +160,13 @@ class _Fusing:
     ) -> Region:
         """A region that does not end with a sum by node: it goes by what most of its rows are taken by."""
         seen: set[fx.Node] = set()
-        found = [take for rows in (value, other) if rows is not None for take in self._takes(rows, seen)]
-        take = max(found, key=lambda t: _width(t.matrix)) if found else self._take_beside(value)
+        found = [take for rows in (value, other) if rows is not None for take in self.rows.takes(rows, seen)]
+        take = max(found, key=lambda t: width(t.matrix)) if found else self.rows.take_beside(value)
         if take is None:
             raise Unfit("edges without nodes")
         by, nodes = take.index, take.matrix.meta["val"].shape[0]
         self.matrices[node] = take.matrix
-        return region(node, value, kind, by, nodes, self.computed, exact or self._exact(node), other)
-
-    def _take_beside(self, node: fx.Node) -> Take | None:
-        """What others take for the edges that a value has rows for, which is made of rows of edges alone."""
-        edges = node.meta["val"].shape[0]
-        for rows in self.made_of_rows:
-            take = take_of(rows)
-            if take is None or not _torch.known_true(take.index.edges == edges):
-                continue
-            known = isinstance(take.matrix.meta["val"].shape[0], int) or take.matrix < node
-            if known and take.index.tensor < node:
-                return take
-        return None
+        return region(node, value, kind, by, nodes, self.rows.computed, exact or self._exact(node), other)
 
     def _multiply(self, found: dict[fx.Node, Any]) -> None:
         """Has products of taken rows that are read outside of regions made by regions of their own."""
@@ -191,10 +174,10 @@ class _Fusing:
         for node in reversed(self.graph.nodes):
             if node not in read:
                 continue
-            if node not in found and self.taken(node) and product_of(node) is not None:
+            if node not in found and self.rows.taken(node) and product_of(node) is not None:
                 try:
                     found[node] = self._apart(node, node, "edge")
-                except Unfit as reason:
+                except (Unfit, RecursionError) as reason:
                     self.fused.append(Fused(node.name, (), _nbytes(node), str(reason)))
             made = found.get(node)
             if isinstance(made, Region):
@@ -211,7 +194,7 @@ class _Fusing:
         if node.meta["val"].device.type != "cpu" or not isinstance(rows, fx.Node):
             return None
         sizes = node.meta["val"].shape
-        if not (self._of_edges(rows) or self._of_edges(other)):
+        if not (self.rows.of_edges(rows) or self.rows.of_edges(other)):
             return None
         if not all(isinstance(size, int) for size in sizes) or not 0 < sizes[0] * sizes[1] <= LARGEST:
             return None
@@ -250,9 +233,9 @@ class _Fusing:
         while todo:
             for user in set(todo.pop().users) - seen:
                 seen.add(user)
-                if user in self.made_of_rows and user.target in EQUALITIES:
+                if user in self.rows.taken_of and user.target in EQUALITIES:
                     found.add(user)
-                elif user in self.made_of_rows or user.target in COPIES:
+                elif user in self.rows.taken_of or user.target in COPIES:
                     todo.append(user)
         return found
 
@@ -277,40 +260,6 @@ class _Fusing:
             outputs = tuple(replace(o, dtype="bits") if made.end in packed else o for o in program.outputs)
             made.program = replace(program, operands=operands, outputs=outputs)
 
-    def _follow(self, node: fx.Node) -> None:
-        """Notes what is made of taken rows by what a program can do, or of which other rows, through `DEEPEST` products
-        at most."""
-        rows = product_of(node)
-        sources = [rows] if rows is not None else [] if _takes_floats(node) else node.all_input_nodes
-        products = [self.made_of_rows[n] for n in sources if n in self.made_of_rows]
-        depth = max(products, default=0) + (rows is not None)
-        if products or _takes_floats(node):
-            if depth <= DEEPEST:
-                self.made_of_rows[node] = depth
-            return
-        sources = [n for n in sources if is_tensor(n) and n.meta["val"].dim() > 1 and _same_rows(n, node)]
-        found = [self.leaves.get(n, (0, frozenset((n,)))) for n in sources]
-        depth = max((products for products, _ in found), default=0) + (rows is not None)
-        leaves = frozenset().union(*(leaves for _, leaves in found))
-        if 0 < len(leaves) <= MOST_LEAVES and depth <= DEEPEST:
-            self.leaves[node] = depth, leaves
-
-    def taken(self, node: fx.Node) -> bool:
-        """Whether a node is made of taken rows by what a program can do."""
-        return node in self.made_of_rows
-
-    def computed(self, node: fx.Node) -> bool:
-        """Whether programs compute a node of rows of edges, rather than read it: it is made of taken rows, or of rows
-        of edges that are half as wide at most."""
-        if node in self.made_of_rows:
-            return True
-        _, leaves = self.leaves.get(node, (0, (node,)))
-        return 2 * sum(map(_width, leaves)) <= _width(node)
-
-    def _of_edges(self, value: fx.Node) -> bool:
-        """Whether a value has rows of edges, and programs compute it."""
-        return self.taken(value) or (self.computed(value) and self._take_beside(value) is not None)
-
     def _exact(self, end: fx.Node) -> Callable[[fx.Node], bool]:
         """Whether a comparison that backward needs is one of forward's values."""
         backward = end not in self.forward
@@ -319,18 +268,6 @@ class _Fusing:
             return backward and comparison not in self.of_tangents
 
         return exact
-
-    def _takes(self, node: fx.Node, seen: set[fx.Node]) -> Iterator[Take]:
-        if node in seen:
-            return
-        seen.add(node)
-        take = take_of(node)
-        if take is not None:
-            yield take
-        elif self.taken(node):
-            for operand in node.all_input_nodes:
-                if self.taken(operand):
-                    yield from self._takes(operand, seen)
 
     def _linear(self, reduction: Reduction) -> tuple[Take, fx.Node | None] | None:
         """Rows that are summed up as they are taken, or times one number for each edge, which is another node."""
@@ -364,7 +301,9 @@ class _Fusing:
         edges = row.meta["val"].shape[0]
         alone = _torch.known_true(sizes[0] == edges) and all(_torch.known_true(size == 1) for size in sizes[1:])
         return (
-            alone and len(sizes) == row.meta["val"].dim() and not (factor in self.of_parameters and self.taken(factor))
+            alone
+            and len(sizes) == row.meta["val"].dim()
+            and not (factor in self.of_parameters and self.rows.taken(factor))
         )
 
     def _aggregate(self, node: fx.Node, take: Take, weight: fx.Node | None, reduction: Reduction) -> fx.Node:
@@ -439,7 +378,7 @@ class _Fusing:
         tensor = index.tensor
         if tensor.op == "placeholder" and not any(writes(user) for user in tensor.users):
             return []
-        key = index, str(_size(nodes))
+        key = index, str(size_of(nodes))
         if key not in self.grouped:
             both = call(self.graph, ops.group_edges.default, tensor, index.row, nodes, like=before)
             parts = [call(self.graph, operator.getitem, both, i, like=before) for i in range(2)]
@@ -447,15 +386,6 @@ class _Fusing:
                 _torch.must_recompute(node)  # backward rather sorts again than reads what was saved
             self.grouped[key] = parts[0], parts[1]
         return list(self.grouped[key])
-
-
-def _same_rows(node: fx.Node, other: fx.Node) -> bool:
-    sizes = other.meta["val"].shape
-    return len(sizes) > 0 and _torch.known_true(node.meta["val"].shape[0] == sizes[0])
-
-
-def _takes_floats(node: fx.Node) -> bool:
-    return node.meta["val"].is_floating_point() and take_of(node) is not None
 
 
 def _adds_atomically(node: fx.Node) -> bool:
@@ -503,19 +433,6 @@ def _descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _size(size: object) -> object:
-    return size.meta["val"] if isinstance(size, fx.Node) else size
-
-
-def _width(node: fx.Node) -> int:
-    """The number of elements in a row, as traced."""
-    sizes = node.meta["val"].shape[1:]
-    product = 1
-    for size in sizes:
-        product *= _torch.size_hint(size)
-    return product
-
-
 def _nbytes(node: fx.Node) -> int:
     value = node.meta["val"]
-    return _torch.size_hint(value.shape[0]) * _width(node) * value.dtype.itemsize if value.dim() else 0
+    return _torch.size_hint(value.shape[0]) * width(node) * value.dtype.itemsize if value.dim() else 0

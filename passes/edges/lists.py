@@ -20,11 +20,11 @@ from ..graph import _torch
 from ..graph.axes import Axes, Link, Place
 from ..graph.find import maker, op_name
 from ..graph.split import Split, is_tensor, is_view
-from .takes import Index, index_of, reduction_of, take_of
+from .takes import PRODUCTS, Index, index_of, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 
-PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+BATCHED = (aten.bmm.default, aten.baddbmm.default)
 CASTS = (ops.narrow.default, ops.widen.default)
 DECODING = (ops.dequantize.default, ops.unpack_bits.default, ops.widen.default, ops.bytes_to_mask.default)
 
@@ -201,7 +201,7 @@ class _Why:
             return "a list of edges that the model makes itself"
         if any(op.target is ops.pack_bits.default for op in readers):
             return "a mask that is saved in bits"
-        product = next((op for op in (made_by, *readers) if op.target in PRODUCTS), None)
+        product = next((op for op in (made_by, *readers) if op.target in (*PRODUCTS, *BATCHED)), None)
         if product is not None:
             return f"{'made' if product is made_by else 'read'} by a matrix product ({op_name(product)})"
         if (op := self._product_before(node)) is not None:
@@ -226,7 +226,7 @@ class _Why:
         seen, todo = {node}, [node]
         while todo:
             made = todo.pop()
-            if made.target in PRODUCTS:
+            if made.target in (*PRODUCTS, *BATCHED):
                 return made
             if is_view(made) or torch.Tag.pointwise in getattr(made.target, "tags", ()):
                 todo += [n for n in made.all_input_nodes if n not in seen and self.counted.in_edges(n)]

@@ -19,7 +19,7 @@ from actcompile.kernels.edges.program import COMPARING, INNER, Operand, Output, 
 
 from ..graph import _torch
 from ..graph.split import is_tensor
-from .takes import SAME, Index, Take, is_below_zero, take_of
+from .takes import PRODUCTS, SAME, Index, Take, is_at_most_zero, take_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -41,7 +41,6 @@ POINTWISE = {
 }  # fmt: skip
 SHAPES = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
 KEEPING = ("neg", "abs", "relu", "maximum", "minimum", "where")  # of 16-bit numbers they make others
-PRODUCTS = (aten.mm.default, aten.addmm.default)
 LARGEST = 1 << 14  # elements of a matrix that rows of edges are multiplied with: it stays in a core's cache
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)  # on any device
 
@@ -150,7 +149,7 @@ class Builder:
             if not any(isinstance(a, str) for a in arguments):
                 raise Unfit("a number computed of numbers")
             level = _join(*(self._level(a) for a in arguments))
-            if op == "exp" and is_below_zero(node.args[0]):  # also where both were rounded apart, in backward
+            if op == "exp" and is_at_most_zero(node.args[0]):  # also where both were rounded apart, in backward
                 self.steps.append(Step("minimum", (*arguments, 0.0), level))
                 arguments = (f"v{len(self.steps) - 1}",)
             self.steps.append(Step(op, arguments, level))

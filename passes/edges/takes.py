@@ -12,6 +12,7 @@ from ..graph.split import is_tensor
 
 aten = torch.ops.aten
 SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default)
 COPIES = (*SAME, aten.expand.default, aten.view.default)
 
 
@@ -81,6 +82,11 @@ def original(node: fx.Node) -> fx.Node:
     return node
 
 
+def size_of(size: object) -> object:
+    """The value of a size, which is a number or a node."""
+    return size.meta["val"] if isinstance(size, fx.Node) else size
+
+
 def is_transposed(node: object) -> bool:
     """Whether a node is another matrix, transposed."""
     match node:
@@ -136,7 +142,7 @@ def reduction_of(node: fx.Node) -> Reduction | None:
     return Reduction(kind, index, value, base, rows if isinstance(rows, int) else None)
 
 
-def is_below_zero(node: object) -> bool:
+def is_at_most_zero(node: object) -> bool:
     """Whether a node is rows of edges less the largest of their node's, as in a softmax: at most zero."""
     match node:
         case fx.Node(target=aten.sub.Tensor, args=(fx.Node() as value, fx.Node() as taken)) if not node.kwargs:
