@@ -16,6 +16,7 @@ from torch_geometric import nn as gnn
 from torch_geometric.utils import degree, scatter, softmax
 
 from tests.explore.messages import EDGE, GRAPHS, KINDS, WIDTH, Graph
+from tests.explore.rounds import ROUNDS
 from tests.fidelity.stacks import LAYERS
 
 
@@ -46,10 +47,10 @@ def _mlp(i: int, o: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(i, o), nn.ReLU(), nn.Linear(o, o))
 
 
-def _pna(towers: int, edge_dim: int | None = None) -> nn.Module:
+def _pna(towers: int, edge_dim: int | None = None, layers: int = 1) -> nn.Module:
     histogram = torch.tensor([2, 5, 9, 7, 4, 2, 1])
     aggregators, scalers = ["mean", "max", "min", "std"], ["identity", "amplification", "attenuation"]
-    return gnn.PNAConv(WIDTH, WIDTH, aggregators, scalers, histogram, towers=towers, edge_dim=edge_dim)
+    return gnn.PNAConv(WIDTH, WIDTH, aggregators, scalers, histogram, edge_dim, towers, layers, layers)
 
 
 W = WIDTH
@@ -89,11 +90,30 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "edge conv": lambda: Conv(gnn.EdgeConv(_mlp(2 * W, W))),
     "edge conv max": lambda: Conv(gnn.EdgeConv(_mlp(2 * W, W), aggr="max")),
     "pna edges": lambda: Conv(_pna(2, EDGE), "features"),
+    "pna deep": lambda: Conv(_pna(2, EDGE, 2), "features"),
+    "gatv2 edges": lambda: Conv(gnn.GATv2Conv(W, W // 2, heads=2, edge_dim=EDGE, dropout=0.2), "features"),
+    "nn mlp": lambda: Conv(gnn.NNConv(W, W, _mlp(EDGE, W * W), aggr="mean"), "features"),
+    "res gated edges": lambda: Conv(gnn.ResGatedGraphConv(W, W, edge_dim=EDGE), "features"),
+    "general edges": lambda: Conv(gnn.GeneralConv(W, W, EDGE, attention=True, heads=2), "features"),
+    "rgat": lambda: Op(_relational, conv=gnn.RGATConv(W, W // 2, KINDS, heads=2, edge_dim=EDGE)),
+    "fa": lambda: Op(lambda m, x, g: m["conv"](x, x.tanh(), g.edges), conv=gnn.FAConv(W)),
+    "eg": lambda: Conv(gnn.EGConv(W, W, ["sum", "max", "std"], num_heads=4)),
+    "directed": lambda: Conv(gnn.DirGNNConv(gnn.SAGEConv(W, W))),
+    "pdn": lambda: Conv(gnn.PDNConv(W, W, EDGE, W), "features"),
+    "point transformer": lambda: Op(_point_transformer, conv=gnn.PointTransformerConv(W, W, _mlp(3, W), _mlp(W, W))),
     "cfconv": lambda: Op(_continuous_filter, into=nn.Linear(W, W), filter=_mlp(EDGE, W), out=nn.Linear(W, W)),
 }  # fmt: skip
 
 
 def _point(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
+    return m["conv"](x, x[:, :3], g.edges)
+
+
+def _relational(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
+    return m["conv"](x, g.edges, g.kinds, g.features)
+
+
+def _point_transformer(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
     return m["conv"](x, x[:, :3], g.edges)
 
 
@@ -267,6 +287,10 @@ LEAVES: dict[str, Callable[[], nn.Module]] = {
     **NORMS,
     **{name: lambda f=f: Op(lambda m, x, g: f(x)) for name, f in POINTWISE.items()},
     **OPS,
+    **{
+        name: lambda f=f, parts=parts: Op(f, **{part: make() for part, make in parts.items()})
+        for name, (f, parts) in ROUNDS.items()
+    },
 }
 
 

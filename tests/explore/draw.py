@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.explore.blocks import COMBINED, CONVS, LEAVES, NORMS, OPS, POINTWISE, Combined
 from tests.explore.messages import EDGE, GRAPHS, KINDS, WIDTH, Graph, Message, Messages, draw_message
+from tests.explore.rounds import ROUNDS
 
 GRAPH_KINDS = ("random", "no edges", "hub", "duplicates", "isolated", "self-loops", "one node")
 
@@ -162,7 +163,7 @@ def draw(seed: int, inner: str = "aot_eager") -> Case:
         changing=r.random() < 0.2,
         options=options,
         dtype=r.choices(("float32", "float64", "bfloat16"), (12, 7, 1))[0],
-        kernels=r.random() < 0.25,
+        kernels=r.random() < 0.4,
     )
 
 
@@ -170,7 +171,7 @@ def _block(r: random.Random, depth: int = 0) -> Block:
     if r.random() < (0.35, 0.25, 0.0)[depth]:
         name = r.choice(list(COMBINED))
         return Block(name, 0, tuple(_block(r, depth + 1) for _ in range(COMBINED[name][0])))
-    leaves = r.choices((CONVS, NORMS, POINTWISE, OPS, None), (4, 2, 2, 3, 6))[0]
+    leaves = r.choices((CONVS, NORMS, POINTWISE, OPS, ROUNDS, None), (5, 1, 1, 2, 4, 8))[0]
     if leaves is None:
         return Block("message", r.randrange(2**31), message=draw_message(r))
     return Block(r.choice(list(leaves)), r.randrange(2**31))

@@ -62,7 +62,7 @@ EDGES: dict[str, Callable[[Graph], Edges]] = {
 }
 
 LEAVES = ("source", "target", "same source", "edge", "weight", "score", "attention", "degree", "row", "heads", "graph")
-LEAVES += ("largest", "number")
+LEAVES += ("largest", "number", "distance", "kind")
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "leaky relu": lambda x: F.leaky_relu(x, 0.2), "elu": F.elu, "gelu": F.gelu, "silu": F.silu,
     "sigmoid": torch.sigmoid, "tanh": torch.tanh, "softplus": F.softplus, "abs": torch.abs, "neg": torch.neg,
@@ -72,7 +72,8 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda x: F.normalize(x + 0.5, dim=-1), "softmax": lambda x: x.softmax(-1),
     "mean of columns": lambda x: x.mean(-1, keepdim=True), "sum of columns": lambda x: x.sum(-1, keepdim=True) / 4,
     "flat": lambda x: x.reshape(-1).tanh().reshape(x.shape), "bfloat16": lambda x: x.bfloat16().to(x.dtype),
-    "dropout": lambda x: F.dropout(x, 0.3),
+    "dropout": lambda x: F.dropout(x, 0.3), "turned": lambda x: torch.cat([x[..., 1:], x[..., :1]], -1),
+    "columns": lambda x: F.pad(x[..., x.shape[-1] // 4 :][..., : x.shape[-1] // 2], (0, x.shape[-1] - x.shape[-1] // 2)),
 }  # fmt: skip
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "maximum": torch.maximum, "minimum": torch.minimum,
@@ -80,7 +81,39 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "greater": lambda a, b: torch.where(a > b, a, 0.5 * b), "distance": lambda a, b: (a - b).square(),
 }  # fmt: skip
 
-PRODUCTS = {"linear": 1, "joined": 2}  # -> arguments: of rows of all columns, or of two side by side
+
+
+class Gates(nn.Module):
+    """Two halves of what a layer makes, one of them the gate of the other."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.both = nn.Linear(width, 2 * WIDTH)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        value, gate = self.both(rows).chunk(2, -1)
+        return value * gate.sigmoid()
+
+
+def _mlp(width: int, hidden: int, out: int, activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, hidden), activation, nn.Linear(hidden, out))
+
+
+PRODUCTS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # -> how many rows stand side by side, of all columns
+    "linear": (1, lambda: nn.Linear(WIDTH, WIDTH)),
+    "unbiased": (1, lambda: nn.Linear(WIDTH, WIDTH, bias=False)),
+    "joined": (2, lambda: nn.Linear(2 * WIDTH, WIDTH)),
+    "joined, unbiased": (2, lambda: nn.Linear(2 * WIDTH, WIDTH, bias=False)),
+    "three": (3, lambda: nn.Linear(3 * WIDTH, WIDTH)),
+    "mlp": (2, lambda: _mlp(2 * WIDTH, 20, WIDTH, nn.ReLU())),
+    "smooth mlp": (1, lambda: _mlp(WIDTH, 2 * WIDTH, WIDTH, nn.SiLU())),
+    "score of rows": (2, lambda: _mlp(2 * WIDTH, 7, 1, nn.LeakyReLU(0.2))),
+    "gates": (2, lambda: Gates(2 * WIDTH)),
+    "wide": (1, lambda: nn.Sequential(nn.Linear(WIDTH, 1100), nn.Tanh(), nn.Linear(1100, WIDTH))),
+    "layer norm": (1, lambda: nn.LayerNorm(WIDTH)),
+    "batch norm": (1, lambda: nn.BatchNorm1d(WIDTH)),
+    "mlp, layer norm": (3, lambda: nn.Sequential(_mlp(3 * WIDTH, WIDTH, WIDTH, nn.ReLU()), nn.LayerNorm(WIDTH))),
+}
 
 
 def _add(message: Tensor, by: Tensor, nodes: int) -> Tensor:
@@ -136,6 +169,11 @@ class Expression:
     def __str__(self) -> str:
         return f"{self.name}({', '.join(map(str, self.arguments))})" if self.arguments else self.name
 
+    def products(self) -> list[str]:
+        """The names of the products in it, each once."""
+        inside = [name for argument in self.arguments for name in argument.products()]
+        return list(dict.fromkeys([*inside, *([self.name] if self.name in PRODUCTS else [])]))
+
     def smaller(self) -> Iterator[Expression]:
         yield from self.arguments
         for i, argument in enumerate(self.arguments):
@@ -176,10 +214,15 @@ def _expression(r: random.Random, depth: int = 0) -> Expression:
     if kind == "leaf":
         return Expression(r.choices(LEAVES, (5, 4, 1, *[1] * (len(LEAVES) - 3)))[0])
     if kind == "unary":
-        name = "linear" if r.random() < 0.25 else r.choice(list(UNARY))
+        name = _product(r, (1,)) if r.random() < 0.35 else r.choice(list(UNARY))
         return Expression(name, (_expression(r, depth + 1),))
-    name = "joined" if r.random() < 0.25 else r.choice(list(BINARY))
-    return Expression(name, (_expression(r, depth + 1), _expression(r, depth + 1)))
+    name = _product(r, (2, 3)) if r.random() < 0.35 else r.choice(list(BINARY))
+    count = PRODUCTS[name][0] if name in PRODUCTS else 2
+    return Expression(name, tuple(_expression(r, depth + 1) for _ in range(count)))
+
+
+def _product(r: random.Random, counts: tuple[int, ...]) -> str:
+    return r.choice([name for name, (count, _) in PRODUCTS.items() if count in counts])
 
 
 class Messages(nn.Module):
@@ -196,7 +239,8 @@ class Messages(nn.Module):
         self.source, self.target, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.edge, self.row = nn.Linear(EDGE, WIDTH), nn.Parameter(torch.randn(1, *size))
         self.each = nn.Parameter(torch.randn(*size[:-1], 1))
-        self.products = nn.ModuleDict({name: nn.Linear(n * WIDTH, WIDTH) for name, n in PRODUCTS.items()})
+        self.kind = nn.Embedding(KINDS, WIDTH)
+        self.products = nn.ModuleDict({name: PRODUCTS[name][1]() for name in message.expression.products()})
 
     def forward(self, x: Tensor, g: Graph) -> Tensor:
         source, target, features = EDGES[self.made.edges](g)
@@ -206,6 +250,11 @@ class Messages(nn.Module):
 
         def score() -> Tensor:
             return (ends[0][source] * ends[1][target]).sum(-1, keepdim=True) / 4
+
+        def distance() -> Tensor:
+            apart = (x[:, :3][source] - x[:, :3][target]).square().sum(-1, keepdim=True)
+            centres = torch.linspace(0, 3, WIDTH, dtype=x.dtype)
+            return (-((apart + 1e-2).sqrt() - centres).square()).exp().view(-1, *self.size)
 
         def column(t: Tensor) -> Tensor:
             return t.view(-1, *[1] * len(self.size))
@@ -229,6 +278,8 @@ class Messages(nn.Module):
             "graph": lambda: _add(ends[1], g.batch, GRAPHS)[g.batch[source]] / 8,
             "largest": largest,
             "number": lambda: x.new_full((), 0.7),
+            "distance": distance,
+            "kind": lambda: self.kind((features[:, 1] * KINDS).long().clamp(max=KINDS - 1)).view(-1, *self.size),
         }
 
         def value(e: Expression) -> Tensor:
@@ -237,7 +288,8 @@ class Messages(nn.Module):
             arguments = list(map(value, e.arguments))
             if e.name in PRODUCTS:
                 rows = [a.expand(source.shape[0], *self.size).reshape(-1, WIDTH) for a in arguments]
-                return self.products[e.name](torch.cat(rows, -1)).view(-1, *self.size)  # type: ignore[no-any-return]
+                made: Tensor = self.products[e.name](torch.cat(rows, -1) if len(rows) > 1 else rows[0])
+                return made.view(-1, *self.size) if made.shape[1] == WIDTH else column(made)
             function: Callable[..., Tensor] = UNARY.get(e.name) or BINARY[e.name]
             return function(*arguments)
 

@@ -19,7 +19,7 @@ from actcompile.passes.graph.split import Split, call
 from tests.explore.blocks import COMBINED, LEAVES
 from tests.explore.draw import Block, Case, Model, batch, draw
 from tests.explore.judge import judge, run, shrink
-from tests.explore.messages import BINARY, EDGES, REDUCE, UNARY, Expression, Message
+from tests.explore.messages import BINARY, EDGES, PRODUCTS, REDUCE, UNARY, Expression, Message
 from tests.explore.messages import LEAVES as LEAVES_OF_MESSAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def test_every_block_and_every_graph_is_drawn() -> None:
     text = "\n".join(str(draw(seed)) for seed in range(3000))
     assert all(name in text for name in (*LEAVES, *COMBINED, "'hub'", "'no edges'", "'one node'", "'function'"))
     assert all(f"over {name}," in text for name in EDGES) and all(f"{name}[" in text for name in REDUCE)
-    assert all(name in text for name in (*LEAVES_OF_MESSAGES, *UNARY, *BINARY, "'float64'", "'bfloat16'"))
+    assert all(name in text for name in (*LEAVES_OF_MESSAGES, *UNARY, *BINARY, *PRODUCTS, "'float64'", "'bfloat16'"))
 
 
 def test_every_message_runs_in_eager_and_is_shrunk() -> None:
