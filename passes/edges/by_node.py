@@ -191,7 +191,7 @@ class _ByNode:
             if value.target is aten.mm.default:
                 columns = self._call(node, aten.slice.Tensor, value.args[1], 1, *ends)
                 node.replace_all_uses_with(self._call(node, aten.mm.default, value.args[0], columns))
-            elif inside := _linear_in(value):
+            elif not _is_slice(value, 1) and (inside := _linear_in(value)):  # columns of columns stay what they are
                 args = [self._call(node, aten.slice.Tensor, a, 1, *ends) if a in inside else a for a in value.args]
                 node.replace_all_uses_with(self._call(node, value.target, *args))
                 self.graph.erase_node(node)
@@ -251,6 +251,10 @@ def _linear_in(value: fx.Node) -> list[fx.Node]:
         case fx.Node(target=aten.slice.Tensor, args=(fx.Node() as a, int() as dim, *_)) if dim > 0:
             return [a]
     return []
+
+
+def _is_slice(node: fx.Node, dim: int) -> bool:
+    return node.target is aten.slice.Tensor and node.args[1] == dim
 
 
 def _is_row(bias: object) -> bool:

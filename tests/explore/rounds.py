@@ -21,6 +21,10 @@ def _mlp(i: int, hidden: int, o: int, *after: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(i, hidden), nn.SiLU(), nn.Linear(hidden, o), *after)
 
 
+def _sum(rows: Tensor, by: Tensor, like: Tensor) -> Tensor:
+    return rows.new_zeros(like.shape[0], *rows.shape[1:]).index_add(0, by, rows)
+
+
 def _mesh(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
     """MeshGraphNets: edges are updated by both ends, nodes by the sum of their edges, twice."""
     source, target = g.edges
@@ -38,9 +42,8 @@ def _gated(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
     for i in "01":
         new = m["a" + i](x)[target] + m["b" + i](x)[source] + m["c" + i](e)
         gate = new.sigmoid()
-        sums = x.new_zeros(2, *x.shape)
-        top = sums[0].index_add(0, target, gate * m["v" + i](x)[source])
-        x = x + F.relu(m["n" + i](m["u" + i](x) + top / (sums[1].index_add(0, target, gate) + 1e-3)))
+        top, gates = (_sum(t, target, x) for t in (gate * m["v" + i](x)[source], gate))
+        x = x + F.relu(m["n" + i](m["u" + i](x) + top / (gates + 1e-3)))
         e = e + F.relu(m["m" + i](new))
     return x
 
@@ -66,8 +69,8 @@ def _triplets(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
     count = e.shape[0]
     first, second = g.others[0].long() % max(count, 1), g.others[1].long() % max(count, 1)
     angle = (e[first, :4] * e[second, :4]).sum(-1, keepdim=True).sin()
-    e = e + e.new_zeros(e.shape).index_add(0, second, m["mid"](e)[first] * m["angle"](angle))
-    return x + m["out"](x.new_zeros(x.shape).index_add(0, target, e))
+    e = e + _sum(m["mid"](e)[first] * m["angle"](angle), second, e)
+    return x + m["out"](_sum(e, target, x))
 
 
 def _filters(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
@@ -78,7 +81,7 @@ def _filters(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
     cut = 0.5 * ((apart.clamp(max=6) * (torch.pi / 6)).cos() + 1)
     for i in "01":
         messages = m["in" + i](x)[source] * (m["filter" + i](basis) * cut[:, None])
-        x = x + m["out" + i](x.new_zeros(x.shape).index_add(0, target, messages))
+        x = x + m["out" + i](_sum(messages, target, x))
     return x
 
 
@@ -133,7 +136,7 @@ def _gru(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
 def _kept_nodes(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
     """TopKPooling, a layer on what is left, and back to all nodes."""
     left, edges, _, _, kept, _ = m["pool"](x, g.edges, None, g.batch)
-    return x.index_add(0, kept, m["conv"](left, edges))
+    return x + _sum(m["conv"](left, edges), kept, x)
 
 
 def _clustered(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:

@@ -109,3 +109,21 @@ def test_a_value_that_the_model_returns_is_made_all_the_same():
 
     torch.manual_seed(0)
     check(Both().double(), graph())
+
+
+class Columns(nn.Module):
+    """Messages of some columns of some columns of a product, as LSTMs and heads cut them."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(2 * IN, 16, bias=False)
+
+    def forward(self, x, edge_index):
+        message = self.lin(torch.cat([x[edge_index[0]], x[edge_index[1]]], -1))
+        cut = message[:, 4:][:, :8]
+        return x.new_zeros(x.shape[0], 8).index_add(0, edge_index[1], cut + cut.tanh())
+
+
+def test_columns_of_columns_of_a_product():
+    torch.manual_seed(0)
+    check(Columns().double(), graph())
