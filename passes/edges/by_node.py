@@ -21,6 +21,7 @@ from torch import fx
 from ..graph import _torch
 from ..graph.split import call, is_tensor
 from .columns import Part, Taken, has_fewer_rows, parts_of
+from .regions import is_float
 from .takes import PRODUCTS, Index, Reduction, is_transposed, original, reduction_of, size_of
 
 aten = torch.ops.aten
@@ -146,7 +147,7 @@ class _ByNode:
     def _weights(self, node: fx.Node, one: fx.Node, other: fx.Node) -> fx.Node | None:
         """The product of two matrices along their edges."""
         for left, right, dim in ((other, one, 1), (one, other, 0)):
-            parts = parts_of(left)
+            parts = parts_of(left) if is_float(right) else None  # sums of other 16-bit floats are torch's, and coarse
             if parts is None:
                 continue
             blocks = [self._block(node, part, right, dim) for part in parts]

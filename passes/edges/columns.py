@@ -14,6 +14,7 @@ from torch import fx
 
 from ..graph import _torch
 from ..graph.split import is_tensor
+from .regions import is_float
 from .takes import Take, original, take_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -89,9 +90,9 @@ def _rows(value: fx.Node) -> Taken | None:
 
 
 def has_fewer_rows(by_node: fx.Node, by_edge: fx.Node) -> bool:
-    """Whether a matrix has fewer rows than another one, of floats."""
+    """Whether a matrix has fewer rows than another one, of floats that programs work with."""
     nodes, edges = by_node.meta["val"], by_edge.meta["val"]
-    if not (nodes.is_floating_point() and edges.is_floating_point() and nodes.dim() and edges.dim()):
+    if not (is_float(by_node) and is_float(by_edge) and nodes.dim() and edges.dim()):
         return False
     return _torch.size_hint(nodes.shape[0]) < _torch.size_hint(edges.shape[0])
 

@@ -127,7 +127,7 @@ class _Fusing:
         """The region that a node ends, if it ends one."""
         reduction = reduction_of(node)
         if reduction is not None:
-            if not self.rows.taken(reduction.value) and width(reduction.value) == 1:
+            if not self.rows.taken(reduction.value) and width(reduction.value) == 1 and not _is_short(node):
                 return None  # degrees and the like
             linear = self._linear(reduction)
             if linear is not None:
@@ -386,6 +386,11 @@ class _Fusing:
                 _torch.must_recompute(node)  # backward rather sorts again than reads what was saved
             self.grouped[key] = parts[0], parts[1]
         return list(self.grouped[key])
+
+
+def _is_short(node: fx.Node) -> bool:
+    """Whether a node's floats have 16 bits: sums that torch takes of such, by node, stop at some hundred of them."""
+    return is_float(node) and node.meta["val"].dtype.itemsize == 2
 
 
 def _adds_atomically(node: fx.Node) -> bool:

@@ -73,14 +73,13 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "mean of columns": lambda x: x.mean(-1, keepdim=True), "sum of columns": lambda x: x.sum(-1, keepdim=True) / 4,
     "flat": lambda x: x.reshape(-1).tanh().reshape(x.shape), "bfloat16": lambda x: x.bfloat16().to(x.dtype),
     "dropout": lambda x: F.dropout(x, 0.3), "turned": lambda x: torch.cat([x[..., 1:], x[..., :1]], -1),
-    "columns": lambda x: F.pad(x[..., x.shape[-1] // 4 :][..., : x.shape[-1] // 2], (0, x.shape[-1] - x.shape[-1] // 2)),
+    "columns": lambda x: F.pad(x[..., x.shape[-1] // 4 :][..., : x.shape[-1] // 2], (0, (x.shape[-1] + 1) // 2)),
 }  # fmt: skip
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "maximum": torch.maximum, "minimum": torch.minimum,
     "divided": lambda a, b: a / (1 + b.abs()), "gated": lambda a, b: a * b.sigmoid(),
     "greater": lambda a, b: torch.where(a > b, a, 0.5 * b), "distance": lambda a, b: (a - b).square(),
 }  # fmt: skip
-
 
 
 class Gates(nn.Module):

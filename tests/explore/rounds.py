@@ -188,9 +188,7 @@ ROUNDS: dict[str, Made] = {
     "graphs as nodes": _made(
         _virtual, gate=lambda: _mlp(W, W, 1), value=_lin(W, W), back=lambda: _mlp(2 * W, W, W), last=_lin(W, W)
     ),
-    "kinds of nodes": _made(
-        _kinds, there=lambda: _mlp(2 * W, W, W), back=lambda: _mlp(3 * W, W, W), value=_lin(W, W)
-    ),
+    "kinds of nodes": _made(_kinds, there=lambda: _mlp(2 * W, W, W), back=lambda: _mlp(3 * W, W, W), value=_lin(W, W)),
     "both ways": _made(_both_ways, pair=lambda: _mlp(2 * W, 24, W), out=lambda: nn.Linear(2 * W, W, bias=False)),
     "mlp attention": _made(_heads, a=_lin(2 * W, W), b=_lin(W, 4), v=_lin(W, W)),
     "gru on edges": _made(_gru, edge=_lin(EDGE, W), cell=lambda: nn.GRUCell(2 * W, W)),

@@ -127,3 +127,19 @@ class Columns(nn.Module):
 def test_columns_of_columns_of_a_product():
     torch.manual_seed(0)
     check(Columns().double(), graph())
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_16_bit_weights_are_no_coarser_where_a_node_has_many_edges(dtype, size):
+    """A sum of bfloat16 in bfloat16 stops at some 256 times its summands, and torch takes sums by node so."""
+    torch.manual_seed(0)
+    pairs = MLPOf(lambda x, edges: torch.cat([x[edges[0]], x[edges[1]]], -1), nn.Linear(2 * IN, size))
+    edge_index = torch.stack([torch.randint(23, (9000,)), torch.zeros(9000, dtype=torch.int64)])
+    x, weight = torch.rand(23, IN), 0.1 * torch.rand(9000, size)
+    exact = torch.autograd.grad((pairs(x, edge_index) * weight).sum(), list(pairs.parameters()))
+    pairs.to(dtype)
+    outputs = compiled(pairs)(x.to(dtype), edge_index)
+    ours = torch.autograd.grad((outputs * weight.to(dtype)).sum(), list(pairs.parameters()))
+    for a, b in zip(ours, exact, strict=True):
+        assert (a.float() - b).norm() <= 0.01 * b.norm()
