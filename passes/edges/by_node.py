@@ -255,7 +255,7 @@ def _linear_in(value: fx.Node) -> list[fx.Node]:
 
 
 def _is_slice(node: fx.Node, dim: int) -> bool:
-    return node.target is aten.slice.Tensor and node.args[1] == dim
+    return node.target is aten.slice.Tensor and bool(node.args[1] == dim)
 
 
 def _is_row(bias: object) -> bool:
