@@ -149,7 +149,7 @@ def draw(seed: int, inner: str = "aot_eager") -> Case:
     options |= r.choices(({}, {"fuse": False}), (9, 1))[0]
     return Case(
         seed=seed,
-        blocks=tuple(_block(r) for _ in range(r.choices((1, 2, 3, 4), (4, 4, 2, 1))[0])),
+        blocks=tuple(_block(r) for _ in range(r.choices((1, 2, 3, 4), (8, 4, 1, 0.5))[0])),
         nodes=nodes,
         edges=edges,
         graph=kind,
@@ -168,7 +168,7 @@ def draw(seed: int, inner: str = "aot_eager") -> Case:
 
 
 def _block(r: random.Random, depth: int = 0) -> Block:
-    if r.random() < (0.35, 0.25, 0.0)[depth]:
+    if r.random() < (0.25, 0.15, 0.0)[depth]:
         name = r.choice(list(COMBINED))
         return Block(name, 0, tuple(_block(r, depth + 1) for _ in range(COMBINED[name][0])))
     leaves = r.choices((CONVS, NORMS, POINTWISE, OPS, ROUNDS, None), (5, 1, 1, 2, 4, 8))[0]

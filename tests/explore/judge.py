@@ -231,6 +231,8 @@ def _bytes(case: Case, ours: Run, module: nn.Module) -> Outcome:
     said = report.saved_bytes_after
     if case.changing or abs(said - ours.held) <= 0.02 * ours.held + 2048:
         return Outcome("right")
+    if case.way != "compress" and said < ours.held and len(report.graphs) > 1:
+        return Outcome("right")  # graphs between breaks that use no parameter are not known to be the model's
     kind = "bytes" if len(report.graphs) == 1 else "bytes across breaks"
     return Outcome(kind, f"says {said}, holds {ours.held}, in {len(report.graphs)} graphs")
 
