@@ -133,8 +133,8 @@ def explain(
 
     With inputs, the model is traced as `torch.compile` would, without running it and without allocating its
     activations: inputs may also be fake or meta tensors. Without inputs, the report is of what was compiled when the
-    model ran, also where that came from a warm compile cache; of a model that `torch.compile` was given, not `compress`,
-    those graphs that use its parameters or buffers.
+    model ran, also where that came from a warm compile cache. Of a model that was given to `torch.compile`, not to
+    `compress`, those are the graphs that use its parameters or buffers.
 
     Args:
         model: a module, compressed or not, a compiled one, or a function.
