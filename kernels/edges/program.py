@@ -188,12 +188,12 @@ def run_reference(
 
     Args:
         operands: contiguous; rows are those of `Operand`.
-        by, indices: int64 or int32, (edges,).
+        by, indices: int64 or int32, (edges,); what is negative counts from the end.
 
     Returns:
         (nodes, width), (edges, width), or (inner axis, width) for each output.
     """
-    edges = by.shape[0]
+    edges, by = by.shape[0], torch.where(by < 0, by + nodes, by)  # torch takes rows from the end, and adds up none there
     inner = program.inner
     real = torch.float64 if program.is_double else torch.float32  # what is computed in
     values: dict[str, Tensor] = {}

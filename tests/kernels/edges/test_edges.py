@@ -144,6 +144,7 @@ def test_negative_indices_count_from_the_end():
     x, by, take = torch.randn(5, 3), torch.tensor([0, -1, 2, -5]), torch.tensor([-1, 1, -5, 2])
     expected = torch.zeros(5, 3).index_add(0, by % 5, x[take])
     torch.testing.assert_close(aggregate(x, None, take, -1, by, -1, 5, []), expected)
+    torch.testing.assert_close(run_reference(SUM, [x], by, [take], 5, 1, 3)[0], expected)
     torch.testing.assert_close(group_edges(by, -1, 5)[1], (by % 5).argsort(stable=True).int())
 
 
