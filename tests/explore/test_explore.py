@@ -18,7 +18,7 @@ from actcompile.passes.codecs.codecs import Codec, PackBits
 from actcompile.passes.graph.split import Split, call
 from tests.explore.blocks import COMBINED, LEAVES
 from tests.explore.draw import Block, Case, Model, batch, draw
-from tests.explore.judge import judge, run, shrink
+from tests.explore.judge import _with_zeros, judge, run, shrink
 from tests.explore.messages import BINARY, EDGES, PRODUCTS, REDUCE, UNARY, Expression, Message
 from tests.explore.messages import LEAVES as LEAVES_OF_MESSAGES
 
@@ -106,6 +106,17 @@ def test_a_wrong_gradient_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -
     outcome = judge(case)
     assert outcome.kind == "gradients" and "is off by" in outcome.detail
     assert str(shrink(case, outcome.kind, means=False)).startswith("relu\n")
+
+
+def test_a_gradient_of_zero_is_none_at_all_but_one_that_matters_is_missed() -> None:
+    """Behind a graph break, what is not used has a gradient of zero, and none in eager."""
+    found = run(PLAIN, Model(PLAIN), batch(PLAIN))
+    more = replace(found, gradients={**found.gradients, "unused": torch.zeros(3)})
+    assert (
+        _with_zeros(found, more).gradients.keys() == more.gradients.keys() == _with_zeros(more, found).gradients.keys()
+    )
+    less = replace(found, gradients={n: g for n, g in found.gradients.items() if n != "head.bias"})
+    assert _with_zeros(less, found).gradients.keys() == less.gradients.keys()
 
 
 def test_a_wrong_report_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
