@@ -32,6 +32,7 @@ from tests.explore.draw import Case, Model, batch, loss
 TOLERATED = 0.02  # of a gradient that matters; one matters with a twentieth of all gradients together
 CONFIRMING = 80  # roundings for a second look, in which chance would have to strike again
 FINER = 1e-6  # what float64 may be off, of what float32 may; its numbers are finer by 5e8
+COARSER = 10.0  # what bfloat16 may be off beside what it is off from float64, which is not known with random numbers
 Gradients = dict[str, Tensor]
 
 
@@ -167,7 +168,7 @@ def _with_zeros(run: Run, other: Run) -> Run:
 
 
 def _difference(case: Case, reference: Run, ours: Run, off: dict[str, float]) -> Outcome:
-    finer = FINER if case.dtype == "float64" else 1.0
+    finer = {"float64": FINER, "bfloat16": COARSER}.get(case.dtype, 1.0)
     for i, (a, b) in enumerate(zip(reference.outputs, ours.outputs, strict=True)):
         if _relative(a, b) > 1e-3 * finer + 30 * off.get(f"output {i}", 0.0):
             return Outcome("outputs", f"output {i} is off by {_relative(a, b):.2g}")
