@@ -8,8 +8,8 @@ regions are looked for:
 - `sum_e W m_e = W sum_e m_e`: what is summed up by node is multiplied after that.
 - `sum_e g_e x_e^T = sum_i (sum_e g_e) x_i^T`: so are gradients of weights.
 
-Each of them is another order of the same sums. It is done where there are fewer nodes than edges, of floats that programs
-work with: those add 16-bit floats up in float32, torch in 16 bits.
+Each of them is another order of the same sums. It is done where there are fewer nodes than edges, of floats that
+programs work with: those add 16-bit floats up in float32, torch in 16 bits.
 """
 
 from __future__ import annotations

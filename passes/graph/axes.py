@@ -185,7 +185,7 @@ def _viewed(node: fx.Node, argument: fx.Node) -> Iterator[Link]:
 def _reduced(node: fx.Node, argument: fx.Node, dims: object) -> Iterator[Link]:
     """The dimensions that are left when those of `dims` are summed up."""
     count = argument.meta["val"].dim()
-    gone = {d % count for d in ([dims] if isinstance(dims, int) else dims or range(count))}  # type: ignore[union-attr, attr-defined]
+    gone = {d % max(count, 1) for d in ([dims] if isinstance(dims, int) else dims or range(count))}  # type: ignore[union-attr, attr-defined]
     keeps = node.meta["val"].dim() == count
     left = [d for d in range(count) if d not in gone]
     yield from (((node, d if keeps else i), (argument, d)) for i, d in enumerate(left))

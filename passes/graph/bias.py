@@ -329,7 +329,7 @@ def _reduced(term: Term, bound: Mapping[str, Any], operand: torch.Tensor) -> lis
         first = bound[term.factors[0]].meta.get("val")
         return [] if first is None else [first.shape[-1]]
     dims = bound.get("dim", bound.get("dims"))
-    if dims is None or dims == []:
+    if dims is None or dims == [] or operand.dim() == 0:  # a number may be summed up over a dimension that it has not
         return list(operand.shape)
     return [operand.shape[d] for d in ([dims] if isinstance(dims, int) else dims)]
 

@@ -63,3 +63,7 @@ def test_views_sums_and_pieces():
     assert joined(lambda x, y: torch.cat([x, y], 1), square(), square()) == [{(0, 0), (1, 0)}, set()]
     assert joined(lambda x, y: x + y, square(), torch.randn(SAME)) == [{(0, 0)}, {(0, 1), (1, 0)}]
     assert joined(lambda x, y: x * y, square(), torch.randn(SAME, 1)) == [{(0, 0), (1, 0)}, {(0, 1)}]
+
+
+def test_a_number_is_summed_up_over_a_dimension_that_it_has_not():
+    assert joined(lambda x: x.sum().sum(-1) + x.amax().mean(0), square()) == []

@@ -290,6 +290,12 @@ def test_nonlinear_cases(function, op):
     assert curvature(module, inputs, placeholders(module)[0]) > 1e-6
 
 
+def test_a_number_is_summed_up_over_a_dimension_that_it_has_not():
+    x = torch.randn(5)
+    assert [d.biased for d in verdicts(lambda x: x.sum().sum(-1) + x.mean().mean(0), x)[1]] == [False]
+    assert [d.biased for d in verdicts(lambda x: x.sum().sum(-1) * x.mean(), x)[1]] == [True]
+
+
 def test_sources_are_judged_apart():
     a, b, g = (torch.randn(4, 4, dtype=torch.float64) for _ in range(3))
     assert [v.biased for v in verdicts(lambda a, b, g: a * b * g, a, b, g)[1]] == [False, False, False]
