@@ -93,3 +93,16 @@ def test_what_weights_read_is_not_made_as_a_whole():
     x, edge_index = graph(NODES, 4000)
     _, made = gradients(lambda: gnn("sage", layers=3, norm=False), (x, edge_index), replay=0)
     assert not [op for op in ops_of(made) if "dequantize" in op]
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("name", ["sage", "gin"])
+def test_pointwise_ops_of_a_tile_are_one_loop(name, monkeypatch):
+    programs = []
+    monkeypatch.setattr(tile.Tiled, "dump", lambda self, dump=tile.Tiled.dump: programs.append(self) or dump(self))
+    gradients(MODELS[name], graph(NODES, 4000))
+    called = [step.op for program in programs for step in program.steps]
+    assert "loop" in called
+    assert not [
+        op for op in called if op.startswith("aten") and not op.startswith(("aten.view", "aten.mm", "aten.addmm"))
+    ]
