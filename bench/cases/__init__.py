@@ -15,6 +15,7 @@ from bench.cases import (
     paper,
     peers,
     sage_arxiv,
+    scale,
     triton,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "paper",
     "peers",
     "sage_arxiv",
+    "scale",
     "triton",
 ]
