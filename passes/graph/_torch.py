@@ -41,6 +41,9 @@ from torch._dynamo.guards import install_guard
 from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
 from torch._dynamo.utils import graph_break_reasons
 
+# Raised by Dynamo where it needs a value to be a constant, such as a size that depends on data.
+from torch._dynamo.variables.base import AsPythonConstantNotImplementedError
+
 # Dynamo's list of functions that it asks `__torch_function__` about; it leaves out those of torch.sparse.
 from torch._dynamo.variables.torch import get_overridable_functions
 
@@ -124,6 +127,7 @@ disabled_torch_function = torch._C._disabled_torch_function_impl
 make_subclass = torch.Tensor._make_subclass
 
 __all__ = [
+    "AsPythonConstantNotImplementedError",
     "AsyncCompile",
     "ConvertFrameAssert",
     "CppPythonBindingsCodeCache",

@@ -1,6 +1,5 @@
 """Message passing of every kind: PyG's layers, its utilities, and models of one's own, from 6 features to 8."""
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -275,8 +274,6 @@ LAYERS = {  # name -> layer; what it takes beside x and edges: "", "weight" (edg
 
 def build(name, dtype=torch.float64, seed=0):
     """A layer, and what it takes beside features and edges."""
-    if name == "SuperGAT" and torch.__version__ >= (2, 14):
-        pytest.skip("Dynamo 2.14 fails on `random.sample` of a symbolic number, plain torch.compile(dynamic=True), too")
     torch.manual_seed(seed)
     make, takes = LAYERS[name]
     return make().to(dtype), takes

@@ -40,7 +40,10 @@ def test_nothing_of_an_mlp_has_a_row_for_each_edge(name, graphs):
     assert wide(graphs, count, EDGE) and by_edge(graphs, count)  # it does tell
 
 
-@pytest.mark.parametrize("name", ["EdgeConv", "learned of edges", "learned of three", "mesh", "decoder", "filtered"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("learned of edges", "mesh", "decoder", "filtered")]
+
+
+@pytest.mark.parametrize("name", ["EdgeConv", "learned of three", *OTHERS])
 def test_in_float32(name):
     model, takes = build(name, torch.float32)
     check(model, graph(dtype=torch.float32, takes=takes), within=2e-5)
