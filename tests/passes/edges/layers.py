@@ -1,6 +1,5 @@
 """Message passing of every kind: PyG's layers, its utilities, and models of one's own, from 6 features to 8."""
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -272,15 +271,10 @@ LAYERS = {  # name -> layer; what it takes beside x and edges: "", "weight" (edg
     "two max": (lambda: Deep(pyg.SAGEConv(IN, WIDTH, aggr="max"), pyg.SAGEConv(WIDTH, WIDTH, aggr="max")), ""),
 }
 
-REPEATED = {  # what these do, others do, too
+REPEATED = {  # what these try, others try, too
     *("SAGE min", "SAGE sum", "GATv2 1 head", "GATv2 shared", "MF", "LE", "SG", "FiLM", "two max", "two GCN"),
     *("EdgeConv mean", "EdgeConv sum", "CGConv", "learned", "filtered", "decoder", "mesh", "PNA edges", "scatter min"),
 }
-
-
-def quickly(names, repeated=REPEATED):
-    """Parameters of a test: names, of which those that are `repeated` are left to the slow tests."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in repeated else name for name in names]
 
 
 def build(name, dtype=torch.float64, seed=0):

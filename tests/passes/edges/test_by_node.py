@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import EXACT, step
-from tests.passes.edges.layers import EDGE, IN, MLPOf, Own, build, graph, mlp, quickly
+from tests.helpers import EXACT, quickly, step
+from tests.passes.edges.layers import EDGE, IN, MLPOf, Own, build, graph, mlp
 from tests.passes.edges.test_edges import assert_same, called, check, compiled, graphs, wide  # noqa: F401  a fixture
 
 # ruff: noqa: F811  the fixture

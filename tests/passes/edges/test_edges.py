@@ -13,8 +13,8 @@ import actcompile.backend  # noqa: F401  the module; `actcompile.backend` is the
 from actcompile.kernels.edges import group as grouping
 from actcompile.kernels.edges import ops as edges_ops
 from actcompile.kernels.edges.program import COMPARING, parse
-from tests.helpers import EXACT, step, uncompressed
-from tests.passes.edges.layers import GRAPHS, IN, LAYERS, REPEATED, WIDTH, Pooled, build, graph, quickly
+from tests.helpers import EXACT, quickly, step, uncompressed
+from tests.passes.edges.layers import GRAPHS, IN, LAYERS, REPEATED, WIDTH, Pooled, build, graph
 
 ops = torch.ops.actcompile
 PIPELINE = sys.modules["actcompile.backend"]
@@ -79,7 +79,7 @@ def draws(name):
     return name in ("GAT 2 heads", "GATv2 edges", "Transformer edges")  # dropout draws other numbers in eager
 
 
-@pytest.mark.parametrize("name", quickly(LAYERS))
+@pytest.mark.parametrize("name", quickly(LAYERS, REPEATED))
 def test_gradients_are_those_of_eager(name, graphs):
     model, takes = build(name)
     inputs = graph("ties" if len(name) % 2 else "random", takes=takes)

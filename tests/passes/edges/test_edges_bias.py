@@ -11,7 +11,8 @@ from actcompile.passes.edges.edges import edges
 from actcompile.passes.graph.bias import bias
 from actcompile.passes.graph.split import Split
 from actcompile.passes.spare.masks import masks
-from tests.passes.edges.layers import build, graph, quickly
+from tests.helpers import quickly
+from tests.passes.edges.layers import build, graph
 from tests.passes.graph.test_bias import floats
 from tests.passes.graph.test_bias_claims import off
 

@@ -11,7 +11,7 @@ from torch_geometric.utils import degree
 import actcompile
 from actcompile import Config, keep
 from bench.models import build
-from tests.helpers import EXACT, FAST, SAVED, assert_close, assert_equal, gnn, graph, step, uncompressed
+from tests.helpers import EXACT, FAST, SAVED, assert_close, assert_equal, gnn, graph, quickly, step, uncompressed
 
 INPUTS = graph(nodes=256, edges=1024)
 REPLAY = {**FAST, "replay": 0.4}
@@ -46,16 +46,12 @@ def test_a_first_layer_is_not_saved_and_the_others_are():
     assert made.bytes_after < report(gnn(layers=3), *INPUTS, replay=0).bytes_after
 
 
+STEPS = [(name, dynamic) for name in ("sage", "gcn", "gin", "gat") for dynamic in (None, True)]
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    ("name", "dynamic"),
-    [
-        *(("sage", None), ("gin", True), ("gcn", True), ("gat", None)),
-        *(
-            pytest.param(name, dynamic, marks=pytest.mark.slow)
-            for name, dynamic in (("sage", True), ("gin", None), ("gcn", None), ("gat", True))
-        ),
-    ],
+    ("name", "dynamic"), quickly(STEPS, [("sage", True), ("gin", None), ("gcn", None), ("gat", True)])
 )
 def test_gradients_are_equal_to_the_bit(name, dynamic):
     """With dropout, and with the whole forward's work allowed. Loops that GCN and GAT add have unbacked sizes."""
