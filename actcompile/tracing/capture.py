@@ -27,6 +27,7 @@ from actcompile.passes.graph._torch import (
     free_unbacked_symbols,
     functorch_config,
     innermost_backend,
+    make_sizes_constant,
 )
 from actcompile.passes.plan.fit import Impossible
 
@@ -80,8 +81,11 @@ def _with_sizes(convert: Callable[..., Any]) -> Callable[..., Any]:
             with dynamo_config.patch({SETTING: True}):
                 return convert(self, *args, **options)
         except Exception as error:
-            if not any(isinstance(e, NEED_SIZES) for e in _causes(error)):
+            found = [e for e in _causes(error) if isinstance(e, NEED_SIZES)]
+            if not found:
                 raise
+            if any(isinstance(e, AsPythonConstantNotImplementedError) for e in found):
+                make_sizes_constant(args[0].f_locals)  # also those that an earlier graph of ours has captured
         finally:
             _capturing.reset(token)
         return convert(self, *args, **options)

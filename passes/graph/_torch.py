@@ -193,6 +193,7 @@ __all__ = [
     "lowerings",
     "make_boxed_func",
     "makes_sizes",
+    "make_sizes_constant",
     "make_subclass",
     "min_cut_rematerialization_partition",
     "most_ratio",
@@ -264,6 +265,16 @@ def compile_in_place(model: torch.nn.Module, **options: Any) -> Any:
 def compiling() -> bool:
     """Whether torch.compile itself, not a model, is what calls: it looks at a tensor to trace with it."""
     return CompileContext.try_get() is not None
+
+
+def make_sizes_constant(values: Any) -> None:
+    """Has Dynamo take the sizes of tensors as constants that were symbols in the graph that returned them.
+
+    AOTAutograd marks these tensors for the graphs that follow (`_dynamo_propagated_dynamic_indices`, 2.13 and 2.14).
+    """
+    for value in pytree.tree_leaves(values):
+        if isinstance(value, torch.Tensor) and hasattr(value, "_dynamo_propagated_dynamic_indices"):
+            del value._dynamo_propagated_dynamic_indices
 
 
 def dispatch_in_traces(*functions: Any) -> None:

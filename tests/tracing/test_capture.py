@@ -52,6 +52,15 @@ class Drawing(nn.Module):
         return x.sin() * random.Random(0).randint(1, x.shape[0])
 
 
+class DrawingLater(nn.Module):
+    """So does a graph that is handed tensors with such sizes by the one before."""
+
+    def forward(self, x):
+        x = x[x[:, 0] > 0] * 2
+        torch._dynamo.graph_break()
+        return x.sin() * random.Random(0).randint(1, x.shape[0])
+
+
 def counted(model, **options):
     """How often, and to how many graphs, `model` compiles for a backend that is not ours."""
     counter = CompileCounterWithBackend("eager")
@@ -131,7 +140,7 @@ def test_another_thread_does_not_see_the_setting(monkeypatch):
     assert counter.frame_count == breaks
 
 
-@pytest.mark.parametrize("asking", [Branching, Drawing])
+@pytest.mark.parametrize("asking", [Branching, Drawing, DrawingLater])
 def test_a_size_that_python_asks_for_ends_the_graph_as_it_did(asking):
     x = torch.randn(20, 4, requires_grad=True)
     counter, compiled = counted(asking())
