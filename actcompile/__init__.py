@@ -18,6 +18,7 @@ from .checking.check import check
 from .checking.measure import measure
 from .checking.report import CheckReport
 from .config import Config, bits, cast, exact, iexact, keep, lossless, low_rank, prune, sample_rows, smallest
+from .exchange import compress_gradients
 from .report import Report
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "edges_of",
     "check",
     "compress",
+    "compress_gradients",
     "estimate",
     "exact",
     "explain",

@@ -46,6 +46,31 @@ def lines(path: Path, title: str, x_label: str, y_label: str, series: Series) ->
     save(figure, path, title)
 
 
+Growth = Mapping[str, Sequence[tuple[float, float, bool]]]
+"""By who made it: (x, y, whether it was measured)."""
+
+
+def growth(path: Path, title: str, x_label: str, y_label: str, series: Growth) -> None:
+    """One line for each series, on logarithmic scales: hollow and dashed where it was not measured."""
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for (name, points), colour, mark in zip(series.items(), COLOURS, MARKS, strict=False):
+        colour = OURS if name == "default" else colour
+        known = [p for p in points if p[2]]
+        axis.plot([p[0] for p in points], [p[1] for p in points], color=colour, linestyle="--", linewidth=0.8)
+        axis.plot([p[0] for p in known], [p[1] for p in known], color=colour, label=name)
+        for x, y, measured in points:
+            axis.plot(x, y, color=colour, marker=mark, markerfacecolor=colour if measured else "white")
+            axis.annotate(f"{y:,.3g}", (x, y), (0, 7), textcoords="offset points", fontsize=7, ha="center")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.margins(y=0.12)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(title="hollow: in proportion, not run", fontsize=8, title_fontsize=8)
+    save(figure, path, title)
+
+
 Points = Mapping[str, Sequence[tuple[str, float, float, float]]]
 """By family: (name, x, y, error of y)."""
 COLOURS = ("#24292f", "#d9730d", "#2da44e", "#8250df", OURS, BASELINE)

@@ -23,7 +23,10 @@ from bench.workload import Batch, Prepare, Training
 
 @dataclass(frozen=True)
 class Size:
-    """A graph's shape and a network's width; molecules: how many small graphs are in a batch."""
+    """A graph's shape and a network's width; molecules: how many small graphs are in a batch.
+
+    uniform: edges between any nodes alike: communities with hubs take long to draw.
+    """
 
     nodes: int
     edges: int
@@ -31,15 +34,16 @@ class Size:
     classes: int
     hidden: int
     molecules: int
+    uniform: bool = False
 
 
+SHARES = {"products/64": 64, "products/16": 16, "products/4": 4, "products": 1}  # of ogbn-products' shape
 SIZES = {
     "tiny": Size(300, 1_500, 16, 4, 32, 8),
     "small": Size(30_000, 200_000, 128, 40, 256, 128),
     "arxiv": Size(169_343, 1_166_243, 128, 40, 256, 512),
-    "products": Size(2_449_029, 123_718_280, 100, 47, 128, 1024),
+    **{name: Size(2_449_029 // part, 123_718_280 // part, 100, 47, 128, 1024, True) for name, part in SHARES.items()},
 }
-UNIFORM_FROM = 10_000_000  # edges: above it, drawing communities takes longer than training on them
 
 BATCHES = 6  # where their sizes change
 ATOM_TYPES, BOND_TYPES, EDGE_FEATURES, RELATIONS, HEADS = 20, 4, 16, 6, 4
@@ -98,8 +102,8 @@ class Brought:
 
 @functools.lru_cache(maxsize=1)
 def _graph(size: Size) -> tuple[Tensor, Tensor, Tensor]:
-    """x [nodes, features], edge_index [2, edges], y [nodes]; communities with hubs, uniform where it is very large."""
-    if size.edges < UNIFORM_FROM:
+    """x [nodes, features], edge_index [2, edges], y [nodes]; communities with hubs, or uniform."""
+    if not size.uniform:
         task = datasets.generated(size.nodes, size.edges, size.features, size.classes)
         return task.x, task.edge_index, task.y
     own = torch.Generator().manual_seed(0)
@@ -128,7 +132,7 @@ def _attention(conv: Callable[..., nn.Module], size: Size, **options: int) -> mo
     return layer
 
 
-@_model("sage", "SAGEConv, mean, 3 layers of 256, BatchNorm, dropout 0.5", dropout=0.5)
+@_model("sage", "SAGEConv, mean, 3 layers, BatchNorm, dropout 0.5", dropout=0.5)
 def _sage(size: Size, dropout: float, checkpointed: bool) -> Problem:
     return _stack(size, lambda i, o: gnn.SAGEConv(i, o), size.hidden, dropout, checkpointed)
 

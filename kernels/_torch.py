@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
+FLAGS: tuple[str, ...] = ("-ftree-loop-vectorize",)  # Inductor turns this off, since it writes vectors itself
+
 
 def load_cpp(source: str) -> ctypes.CDLL:
     """Compiles C++ with the flags that Inductor found for this machine, and loads it; kept on disk by its text.
 
-    Inductor turns gcc's vectoriser off, since it writes vectors itself; these kernels need it.
     `torch.utils.cpp_extension` is public, but includes torch's headers, which takes half a minute, and needs ninja.
 
     Raises:
@@ -18,7 +19,7 @@ def load_cpp(source: str) -> ctypes.CDLL:
     """
     from torch._inductor.codecache import CppCodeCache
 
-    library = CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
+    library = CppCodeCache.load(source, extra_flags=FLAGS)
     assert isinstance(library, ctypes.CDLL)
     return library
 

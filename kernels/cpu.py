@@ -6,7 +6,7 @@ compiler, the references stand in.
 
 import ctypes
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -121,17 +121,29 @@ def _(
     scale: Tensor | None = None,
 ) -> Tensor:
     fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
+    return decoder(fmt, dtype, shift, scale)(words, low, high, size)
+
+
+Decoder = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+
+
+def decoder(fmt: BlockFormat, dtype: torch.dtype, shift: Tensor | None, scale: Tensor | None) -> Decoder:
+    """What decodes words, low and high to a tensor of a size, as `dequantize` does; for many tensors of one format."""
     kernels, native = compiled(fmt, dtype)
     if kernels is None:
-        return dequantize_in_runs(words, low, high, size, dtype, fmt, shift, scale)
-    x = torch.empty(list(size), dtype=dtype)
-    parts = [part.contiguous() for part in (words, low, high)]
+        return lambda words, low, high, size: dequantize_in_runs(words, low, high, size, dtype, fmt, shift, scale)
     by_column = _by_column(shift, scale, inverse=True)
-    kernels.dequantize(
-        ctypes.addressof(native), *(part.data_ptr() for part in parts), x.numel(), *map(_address, by_column),
-        _width(size), x.data_ptr(), _threads(x.numel()),
-    )  # fmt: skip
-    return x
+
+    def decode(words: Tensor, low: Tensor, high: Tensor, size: Sequence[int]) -> Tensor:
+        x = torch.empty(list(size), dtype=dtype)
+        parts = [part.contiguous() for part in (words, low, high)]
+        kernels.dequantize(
+            ctypes.addressof(native), *(part.data_ptr() for part in parts), x.numel(), *map(_address, by_column),
+            _width(size), x.data_ptr(), _threads(x.numel()),
+        )  # fmt: skip
+        return x
+
+    return decode
 
 
 @pack_bits.register_kernel("cpu")
@@ -146,7 +158,7 @@ def _(mask: Tensor, words: int) -> Tensor:
 
 
 @unpack_bits.register_kernel("cpu")
-def _(packed: Tensor, size: Sequence[int], dtype: torch.dtype = torch.bool) -> Tensor:
+def unpack_bits_on_cpu(packed: Tensor, size: Sequence[int], dtype: torch.dtype = torch.bool) -> Tensor:
     kernels = bits_library()
     if kernels is None:
         return unpack_bits_in_runs(packed, size).view(dtype)

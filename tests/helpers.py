@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -26,6 +27,15 @@ Pass = Callable[[Split], Any]
 FAST: dict[str, Any] = {"inner": "aot_eager", "min_bytes": 0}  # no C++ compiler, and small tensors count too
 SAVED: dict[str, Any] = {**FAST, "replay": 0}  # a first layer, which is most of a small model, is saved as all others
 EXACT: dict[str, Any] = {**FAST, "bits": None, "nonlinear_bits": None}
+
+
+def quickly(cases: Iterable[Any], slow: Collection[Any]) -> list[Any]:
+    """Parameters of a test. Those that are `slow`, since others among them try the same, are left to the slow tests."""
+
+    def marked(case: Any) -> Any:
+        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+
+    return [marked(case) if case in slow else case for case in cases]
 
 
 def graph(nodes: int = 64, edges: int = 256, features: int = 16) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import actcompile
 from actcompile import compress, explain
 from actcompile.backend import Partitioner
 from actcompile.tracing.call import Situation
-from tests.helpers import EXACT, FAST, SAVED, assert_close, assert_equal, graph, step, uncompressed
+from tests.helpers import EXACT, FAST, SAVED, assert_close, assert_equal, graph, quickly, step, uncompressed
 
 INPUTS = graph(nodes=256, edges=1024)
 
@@ -126,9 +126,13 @@ def plainly(kind):
     return really(uncompressed(model), model)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("options", [SAVED, EXACT, {**SAVED, "min_bytes": 40_000}], ids=["all", "lossless", "none"])
-def test_the_report_is_what_is_held(kind, options):
+OPTIONS = {"all": SAVED, "lossless": EXACT, "none": {**SAVED, "min_bytes": 40_000}}
+SLOW = [(options, kind) for options in ("lossless", "none") for kind in (Chain, Between, Convolutions)]
+
+
+@pytest.mark.parametrize(("options", "kind"), quickly([(o, kind) for o in OPTIONS for kind in MODELS], SLOW))
+def test_the_report_is_what_is_held(options, kind):
+    options = OPTIONS[options]
     plain, model = plainly(kind), kind()
     torch._dynamo.reset()
     told = explain(model, *INPUTS, options=options)
@@ -150,9 +154,11 @@ def test_it_is_small():
     assert really(compress(model, **SAVED), model) * 8 <= plain
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_gradients(kind, dynamic):
+SLOW = (None, Between), (None, Indices), (True, Chain), (True, Convolutions)
+
+
+@pytest.mark.parametrize(("dynamic", "kind"), quickly([(d, kind) for d in (None, True) for kind in MODELS], SLOW))
+def test_gradients(dynamic, kind):
     model = kind()
     reference = step(uncompressed(model, dynamic=dynamic), INPUTS, model.parameters())
     torch._dynamo.reset()

@@ -6,8 +6,8 @@ it is set while a frame is traced for a backend of ours, and for nothing else: n
 whatever thread they are compiled, nor for the Python between graphs. Nothing guards on it, so nothing is compiled
 again for its sake.
 
-A frame that cannot be compiled so, because Python or a compiler needs to know such a size, is traced again without,
-as if the setting had never been.
+A frame that cannot be compiled so, because Python, Dynamo or a compiler needs to know such a size, is traced again
+without, as if the setting had never been.
 """
 
 import functools
@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from actcompile.passes.graph._torch import (
+    AsPythonConstantNotImplementedError,
     ConvertFrameAssert,
     GuardOnDataDependentSymNode,
     RestartAnalysis,
@@ -26,6 +27,7 @@ from actcompile.passes.graph._torch import (
     free_unbacked_symbols,
     functorch_config,
     innermost_backend,
+    make_sizes_constant,
 )
 from actcompile.passes.plan.fit import Impossible
 
@@ -39,6 +41,9 @@ _capturing: ContextVar[bool] = ContextVar(
 
 class _NeedsSizes(RuntimeError):
     """A graph with sizes that depend on data could not be compiled."""
+
+
+NEED_SIZES = _NeedsSizes, GuardOnDataDependentSymNode, AsPythonConstantNotImplementedError
 
 
 def capture_sizes(backend: Backend) -> Backend:
@@ -76,8 +81,11 @@ def _with_sizes(convert: Callable[..., Any]) -> Callable[..., Any]:
             with dynamo_config.patch({SETTING: True}):
                 return convert(self, *args, **options)
         except Exception as error:
-            if not any(isinstance(e, _NeedsSizes | GuardOnDataDependentSymNode) for e in _causes(error)):
+            found = [e for e in _causes(error) if isinstance(e, NEED_SIZES)]
+            if not found:
                 raise
+            if any(isinstance(e, AsPythonConstantNotImplementedError) for e in found):
+                make_sizes_constant(args[0].f_locals)  # also those that an earlier graph of ours has captured
         finally:
             _capturing.reset(token)
         return convert(self, *args, **options)

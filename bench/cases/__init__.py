@@ -6,6 +6,7 @@ from bench.cases import (
     blocks,
     copy_speed,
     costmodel,
+    ddp,
     distributions,
     gpu,
     gradients,
@@ -15,6 +16,7 @@ from bench.cases import (
     paper,
     peers,
     sage_arxiv,
+    scale,
     triton,
 )
 
@@ -24,6 +26,7 @@ __all__ = [
     "blocks",
     "copy_speed",
     "costmodel",
+    "ddp",
     "distributions",
     "gpu",
     "gradients",
@@ -33,5 +36,6 @@ __all__ = [
     "paper",
     "peers",
     "sage_arxiv",
+    "scale",
     "triton",
 ]

@@ -216,7 +216,7 @@ def _run_cpp(
 ) -> None:
     threads = 1 if (count + nodes) * heads * columns < ALONE else torch.get_num_threads()
     library.run(
-        _addresses(operands), _addresses(results), sort.pointer.data_ptr(), _order(sort), _addresses(others),
+        addresses(operands), addresses(results), sort.pointer.data_ptr(), _order(sort), addresses(others),
         nodes, heads, columns, threads,
     )  # fmt: skip
 
@@ -234,5 +234,6 @@ def _order(sort: Grouping) -> int | None:
     return None if sort.order is None else sort.order.data_ptr()
 
 
-def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """The addresses of tensors, as a kernel takes them."""
     return (P * max(len(tensors), 1))(*(t.data_ptr() for t in tensors))

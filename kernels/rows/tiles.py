@@ -7,7 +7,7 @@ masked, it is as large as all nodes' features, and dead a moment later. A tile o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
@@ -15,18 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks.format import BlockFormat
+from ..cpu import decoder, unpack_bits_on_cpu
+from ..edges.ops import prepare
+from .loops import loop
 from .threads import in_threads
 
 Arg = Any
 """A constant; or a dict: {"operand": i}, {"step": i}, {"rows": null}, the rows of a tile, or {"dtype": name}."""
 
 
+DECODE = "actcompile.dequantize.default"
+LOOP = "loop"  # a step that is many pointwise ops: its arguments are those of `loop`
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One op on a tile: its name in torch.ops and its arguments."""
+    """One op on a tile: its name in torch.ops, or `LOOP`, and its arguments."""
 
     op: str
     args: list[Arg]
@@ -69,10 +75,29 @@ def parse(text: str) -> Tiled:
     return Tiled(made["rows"], [o and tuple(o) for o in made["operands"]], steps, sums)
 
 
+def prepare_loops(program: str) -> None:
+    """Begins to compile what a program's loops need."""
+    for step in parse(program).steps:
+        if step.op == LOOP:
+            prepare(step.args[0], torch.device("cpu"))
+
+
+def _call(step: Step, operands: Sequence[Tensor]) -> tuple[Callable[..., Any], list[Arg], dict[str, Arg]]:
+    """What a step calls for each tile, and with what.
+
+    Our own ops by themselves: their way through torch's dispatcher takes as long as a tile.
+    """
+    if step.op == DECODE:
+        words, low, high, size, *fixed = step.args
+        dtype, bits, block, levels, *units = (_value(a, operands, (), 0) for a in fixed)
+        metadata, width = (operands[part["operand"]] for part in (low, words))
+        fmt = BlockFormat(bits, block, levels, metadata.dtype, width.shape[1])
+        return decoder(fmt, dtype, *(units or (None, None))), [words, low, high, size], {}
+    return _OWN.get(step.op) or _op(step.op), step.args, step.kwargs
+
+
 @lru_cache
 def _op(name: str) -> Any:
-    if name == "aten.where.self":
-        return _where
     return reduce(getattr, name.split("."), torch.ops)
 
 
@@ -96,14 +121,15 @@ def row_sums(program: str, rows: int, operands: Sequence[Tensor]) -> list[Tensor
 def _run(tiled: Tiled, rows: int, operands: Sequence[Tensor], tiles: range) -> list[Tensor]:
     """The sums over some tiles, which start at these rows."""
     sums = [torch.zeros(s.size, dtype=_wide(getattr(torch, s.dtype))) for s in tiled.sums]
+    calls = [_call(step, operands) for step in tiled.steps]
     made: list[Any] = [None] * len(tiled.steps)  # of the last tile, too: what is freed is not given back at once
     for first in tiles:
         number = min(tiled.rows, rows - first)
         taken = zip(operands, tiled.operands, strict=True)
         parts = [operand if how is None else _tile(operand, first, number, *how) for operand, how in taken]
-        for i, step in enumerate(tiled.steps):
-            args, kwargs = (_value(a, parts, made, number) for a in (step.args, step.kwargs))
-            made[i] = _op(step.op)(*args, **kwargs)
+        for i, (call, args, kwargs) in enumerate(calls):
+            args, kwargs = (_value(a, parts, made, number) for a in (args, kwargs))
+            made[i] = call(*args, **kwargs)
         for result, total in zip(tiled.sums, sums, strict=True):
             _add(total, *(_value(a, parts, made, number) for a in (result.left, result.right)))
     return sums
@@ -157,3 +183,11 @@ def _add(total: Tensor, left: Tensor, right: Tensor | None) -> None:
         total.addmm_(left.t(), right)
     else:
         total += left.t() @ right
+
+
+_OWN = {
+    LOOP: loop,
+    "aten.where.self": _where,
+    "actcompile.unpack_bits.default": unpack_bits_on_cpu,
+    "actcompile.bytes_to_mask.default": lambda byte: byte.view(torch.bool),
+}

@@ -60,26 +60,35 @@ class _Finer(Exception):
 
 
 @dataclass
-class Region:
+class Loop:
     """A program, and what it works on.
 
     Attributes:
         end: the node that it computes.
-        by: what edges are grouped by.
-        indices: the other ends' nodes.
         operands: nodes, in the order of the program's operands.
         inside: nodes of the graph that the program computes, without `end`.
-        masks: comparisons among the operands that have to be made in forward, as programs of their own.
     """
 
     end: fx.Node
-    by: Index
     heads: int
     columns: int
     program: Program
-    indices: list[Index]
     operands: list[fx.Node]
     inside: list[fx.Node]
+
+
+@dataclass
+class Region(Loop):
+    """A program over edges.
+
+    Attributes:
+        by: what edges are grouped by.
+        indices: the other ends' nodes.
+        masks: comparisons among the operands that have to be made in forward, as programs of their own.
+    """
+
+    by: Index
+    indices: list[Index]
     masks: list[fx.Node]
 
 
@@ -88,14 +97,14 @@ class Builder:
     """Writes the program of one region.
 
     Args:
-        by: what edges are grouped by.
+        by: what edges are grouped by; None for rows of something else, on the CPU, of which none are taken.
         nodes: the number of nodes that `by` names.
         taken: whether a node is computed from taken rows, op by op, within regions; or, of rows of edges alone, whether
             it is computed there from narrower ones.
         exact: whether a comparison may not be made here, for what it compares may be rounded: it is an operand.
     """
 
-    by: Index
+    by: Index | None
     nodes: object
     heads: int
     columns: int
@@ -124,7 +133,7 @@ class Builder:
         if number is not None:
             return number
         dtype = self._dtype(node)
-        take = take_of(node)
+        take = take_of(node) if self.by is not None else None
         if take is not None:
             self.inside.append(node)
             return self._take(take, axes)
@@ -220,7 +229,8 @@ class Builder:
         return self._operand("take", i, take.matrix, axes)
 
     def _operand(self, where: str, index: int, node: fx.Node, axes: Axes) -> str:
-        if node.meta["val"].device != self.by.tensor.meta["val"].device:
+        device = torch.device("cpu") if self.by is None else self.by.tensor.meta["val"].device
+        if node.meta["val"].device != device:
             raise Unfit("a number on another device")
         level = "".join(axes) if where == "matrix" else _join(*axes)
         operand = Operand(where, index, level, str(self._dtype(node))[6:])
@@ -290,10 +300,39 @@ def region(
 
     Args:
         kind, other: as in `Output`.
+        by, nodes, taken, exact: as in `Builder`.
 
     Raises:
         Unfit: it can't be written as a program.
     """
+    builder, program = _write(
+        end, value, kind, other, lambda heads, columns: Builder(by, nodes, heads, columns, taken, exact)
+    )
+    return Region(
+        end, builder.heads, builder.columns, program, builder.nodes_read, builder.inside, by, builder.indices,
+        builder.masks,
+    )  # fmt: skip
+
+
+def loop(end: fx.Node, taken: Callable[[fx.Node], bool]) -> Loop:
+    """Writes the loop over rows that computes `end` on the CPU, of nothing that is read by an index.
+
+    Args:
+        taken: whether a node is computed inside.
+
+    Raises:
+        Unfit: it can't be written as a program.
+    """
+    builder, program = _write(
+        end, end, "edge", None, lambda heads, columns: Builder(None, None, heads, columns, taken, lambda _: False)
+    )
+    return Loop(end, builder.heads, builder.columns, program, builder.nodes_read, builder.inside)
+
+
+def _write(
+    end: fx.Node, value: fx.Node, kind: str, other: fx.Node | None, begin: Callable[[int, int], Builder]
+) -> tuple[Builder, Program]:
+    """Writes the program that ends with `end`, by what begins one with heads and columns."""
     sizes = value.meta["val"].shape[1:]
     if not _is_handled(end):
         raise Unfit(f"{end.meta['val'].dtype} is not handled")
@@ -310,41 +349,29 @@ def region(
     names = iter(("h", "c") if len(wide) == 2 else ("c",))
     axes = tuple(next(names) if size != 1 else "" for size in sizes)
     try:
-        return _written(end, value, axes, kind, by, nodes, heads, columns, taken, exact, other)
+        return _written(end, value, axes, kind, other, begin(heads, columns))
     except _Finer as finer:
         if kind == "dot":
             raise Unfit("a sum over heads and columns") from None
         axes = tuple("hc" if axis else "" for axis in axes)
-        return _written(end, value, axes, kind, by, nodes, *finer.sizes, taken, exact, other)
+        return _written(end, value, axes, kind, other, begin(*finer.sizes))
 
 
 def _written(
-    end: fx.Node,
-    value: fx.Node,
-    axes: Axes,
-    kind: str,
-    by: Index,
-    nodes: object,
-    heads: int,
-    columns: int,
-    taken: Callable[[fx.Node], bool],
-    exact: Callable[[fx.Node], bool],
-    other: fx.Node | None,
-) -> Region:
-    builder = Builder(by, nodes, heads, columns, taken, exact)
+    end: fx.Node, value: fx.Node, axes: Axes, kind: str, other: fx.Node | None, builder: Builder
+) -> tuple[Builder, Program]:
     made = builder.value(value, axes)
     if not isinstance(made, str):
         raise Unfit("the same number for all edges")
     level = _join(*axes)
-    if heads > 1 and "h" not in level:
+    if builder.heads > 1 and "h" not in level:
         raise Unfit("rows without heads in a region with heads")
     left = builder.row(other) if other is not None else None
     if other is not None and left is None:
         raise Unfit("too many products")
     level = level.replace("c", "") if kind == "dot" else level
     output = Output(kind, made, level, str(end.meta["val"].dtype)[6:], *(left or ()))
-    program = Program(tuple(builder.operands), tuple(builder.steps), (output,), tuple(builder.inner.values()))
-    return Region(end, by, heads, columns, program, builder.indices, builder.nodes_read, builder.inside, builder.masks)
+    return builder, Program(tuple(builder.operands), tuple(builder.steps), (output,), tuple(builder.inner.values()))
 
 
 def is_float(node: fx.Node) -> bool:

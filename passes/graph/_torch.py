@@ -41,6 +41,9 @@ from torch._dynamo.guards import install_guard
 from torch._dynamo.source import GlobalStateSource, is_from_global_source, is_from_unspecialized_nn_module_source
 from torch._dynamo.utils import graph_break_reasons
 
+# Raised by Dynamo where it needs a value to be a constant, such as a size that depends on data.
+from torch._dynamo.variables.base import AsPythonConstantNotImplementedError
+
 # Dynamo's list of functions that it asks `__torch_function__` about; it leaves out those of torch.sparse.
 from torch._dynamo.variables.torch import get_overridable_functions
 
@@ -124,6 +127,7 @@ disabled_torch_function = torch._C._disabled_torch_function_impl
 make_subclass = torch.Tensor._make_subclass
 
 __all__ = [
+    "AsPythonConstantNotImplementedError",
     "AsyncCompile",
     "ConvertFrameAssert",
     "CppPythonBindingsCodeCache",
@@ -189,6 +193,7 @@ __all__ = [
     "lowerings",
     "make_boxed_func",
     "makes_sizes",
+    "make_sizes_constant",
     "make_subclass",
     "min_cut_rematerialization_partition",
     "most_ratio",
@@ -260,6 +265,16 @@ def compile_in_place(model: torch.nn.Module, **options: Any) -> Any:
 def compiling() -> bool:
     """Whether torch.compile itself, not a model, is what calls: it looks at a tensor to trace with it."""
     return CompileContext.try_get() is not None
+
+
+def make_sizes_constant(values: Any) -> None:
+    """Has Dynamo take the sizes of tensors as constants that were symbols in the graph that returned them.
+
+    AOTAutograd marks these tensors for the graphs that follow (`_dynamo_propagated_dynamic_indices`, 2.13 and 2.14).
+    """
+    for value in pytree.tree_leaves(values):
+        if isinstance(value, torch.Tensor) and hasattr(value, "_dynamo_propagated_dynamic_indices"):
+            del value._dynamo_propagated_dynamic_indices
 
 
 def dispatch_in_traces(*functions: Any) -> None:

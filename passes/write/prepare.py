@@ -1,4 +1,4 @@
-"""`prepare`: the codecs' C++ is compiled beside what Inductor does, so that the first step finds it."""
+"""`prepare`: the C++ of codecs and of loops is compiled beside what Inductor does, so that the first step finds it."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ from torch import fx
 
 from actcompile.kernels.blocks.format import BlockFormat
 from actcompile.kernels.cpu import prepare_bits, prepare_format
+from actcompile.kernels.rows.tiles import prepare_loops
 
 ops = torch.ops.actcompile
 
@@ -17,6 +18,9 @@ def prepare(*graphs: fx.Graph) -> None:
         prepare_format(fmt, dtype)
     if any(True for graph in graphs for _ in _on_cpu(graph, ops.pack_bits.default)):
         prepare_bits()
+    for graph in graphs:
+        for node in graph.find_nodes(op="call_function", target=ops.row_sums.default):
+            prepare_loops(node.args[0])  # type: ignore[arg-type]
 
 
 def formats(*graphs: fx.Graph) -> Iterator[tuple[BlockFormat, torch.dtype]]:

@@ -1,7 +1,8 @@
 """`tile`: what backward makes only to sum it over rows is made tile of rows by tile, and never exists as a whole.
 
 A weight's gradient is `x^T g`. Its `x` is decoded, or rebuilt of what was decoded, for this product alone. Both become
-one op, `actcompile.row_sums`, which keeps a tile of rows in the cache, and reads what is there anyway.
+one op, `actcompile.row_sums`, which keeps a tile of rows in the cache, and reads what is there anyway. Pointwise ops
+become a loop, as they would be one in Inductor's code.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import fx
 
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.rows.tiles import Step, Sum, Tiled
+from actcompile.kernels.rows.tiles import LOOP, Step, Sum, Tiled
 
+from ..edges.regions import POINTWISE, Loop, Unfit, is_computable, loop
 from ..graph import _torch
 from ..graph.find import numel_hint
 from ..graph.split import call, is_tensor, is_view, reached_from, root
@@ -90,8 +92,10 @@ class _Group:
     def replace(self, graph: fx.Graph) -> fx.Node | None:
         """Inserts the call behind what it reads; None, and nothing is changed, if blocks lie across tiles."""
         operands: dict[fx.Node, How] = {}
-        for node in self.inside:
-            operands |= {n: how for n, how in (_taken(node) or {}).items() if n not in self.inside}
+        steps = self._steps()
+        for node, made in steps.items():
+            reads = (_taken(node) or {}) if made is None else _read_by(made)
+            operands |= {n: how for n, how in reads.items() if n not in self.inside}
         ends = [n for s in self.sums for n in (s.left, s.right) if n is not None]
         operands |= {n: ROWS for n in ends if n not in self.inside}
         widest = max(math.prod(map(_torch.size_hint, n.meta["val"].shape[1:])) for n in (*ends, *self.inside))
@@ -100,7 +104,7 @@ class _Group:
         if whole is None or any(how and rows * how[0] % how[1] for how in operands.values()):
             return None
         places: dict[fx.Node, Any] = {n: {"operand": i} for i, n in enumerate(operands)}
-        places |= {n: {"step": i} for i, n in enumerate(self.inside)}
+        places |= {n: {"step": i} for i, n in enumerate(steps)}
         sums = [
             Sum(
                 places[s.left],
@@ -110,7 +114,8 @@ class _Group:
             )
             for s in self.sums
         ]
-        program = Tiled(rows, list(operands.values()), [_step(n, places) for n in self.inside], sums).dump()
+        calls = [_step(n, places) if made is None else _call(made, places) for n, made in steps.items()]
+        program = Tiled(rows, list(operands.values()), calls, sums).dump()
         last = max([*operands, *graph.find_nodes(op="placeholder")])
         later = sorted(n for n in set().union(*(reached_from(s.node) for s in self.sums)) if n < last)
         for node in reversed(later):
@@ -125,6 +130,33 @@ class _Group:
         for s in self.sums:
             graph.erase_node(s.node)
         return result
+
+    def _steps(self) -> dict[fx.Node, Loop | None]:
+        """What is computed for a tile, in order: a node by itself, or one of pointwise ops with those that it needs."""
+        inside = set(self.inside)
+        steps: dict[fx.Node, Loop | None] = {}
+        todo = [n for s in self.sums for n in (s.left, s.right) if n is not None]
+        while todo:
+            node = todo.pop()
+            if node in inside and node not in steps:
+                steps[node] = made = _loop(node, inside)
+                todo += node.all_input_nodes if made is None else made.operands
+        return dict(sorted(steps.items()))
+
+
+def _loop(node: fx.Node, inside: Collection[fx.Node]) -> Loop | None:
+    """The loop that computes a node; None where it is no pointwise op, or can't be one of a loop."""
+    if node.target not in POINTWISE or not is_computable(node):
+        return None
+    try:
+        return loop(node, lambda n: n in inside and is_computable(n))
+    except Unfit:
+        return None
+
+
+def _read_by(made: Loop) -> dict[fx.Node, How]:
+    kinds = zip(made.operands, made.program.operands, strict=True)
+    return {n: ROWS if operand.where == "edge" else None for n, operand in kinds}
 
 
 def _sum(node: fx.Node) -> _Sum | None:
@@ -248,6 +280,13 @@ def _step(node: fx.Node, places: Mapping[fx.Node, Any]) -> Step:
 
     kwargs = {k: plain(v) for k, v in node.kwargs.items()}
     return Step(str(node.target), [plain(a) for a in args], kwargs)
+
+
+def _call(made: Loop, places: Mapping[fx.Node, Any]) -> Step:
+    """A loop as a step of a program."""
+    size = [{"rows": None}, *made.end.meta["val"].shape[1:]]
+    operands = [places[n] for n in made.operands]
+    return Step(LOOP, [made.program.dump(), made.heads, made.columns, size, *operands], {})
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -26,6 +26,7 @@ from tests.fidelity.measure import (
     uncompressed,
 )
 from tests.fidelity.stacks import Spec, build, examples, specs
+from tests.helpers import quickly
 
 SEEDS, COPIES = 40, 8
 
@@ -46,7 +47,10 @@ def scores(spec, dtype=torch.float32, **options):
     return ours, *t_scores(drawn, along @ flat(exact), resolution)
 
 
-@pytest.mark.parametrize("layer", ["sage", "gcn cached", "gin", "gat", "gatv2", "max min", "edge mlp", "gated"])
+UNBIASED = ("sage", "gcn cached", "gin", "gat", "gatv2", "max min", "edge mlp", "gated")
+
+
+@pytest.mark.parametrize("layer", quickly(UNBIASED, ["gcn cached", "gatv2"]))
 @examples(1)
 @given(data=st.data())
 def test_the_mean_over_seeds_is_the_exact_gradient(layer, data):
@@ -86,7 +90,7 @@ def test_the_mean_over_seeds_is_exact_under_inductor_too():
     assert z.max() < limit
 
 
-@pytest.mark.parametrize("layer", ["sage", "gin", "gat", "edge mlp"])
+@pytest.mark.parametrize("layer", quickly(["sage", "gin", "gat", "edge mlp"], ["gin", "edge mlp"]))
 @examples(1)
 @given(data=st.data())
 def test_the_mean_stays_exact_through_a_random_projection(layer, data):

@@ -1,5 +1,6 @@
 """Sizes that depend on data stay in the graphs of our backends, and nobody else sees the setting that does it."""
 
+import random
 import threading
 
 import pytest
@@ -41,6 +42,23 @@ class Branching(Selected):
             if x.shape[0] > 3:
                 x = x.sin()
         return x
+
+
+class Drawing(nn.Module):
+    """Dynamo itself asks for the number of rows, as PyG's negative sampling has it: it draws numbers as it traces."""
+
+    def forward(self, x):
+        x = x[x[:, 0] > 0] * 2
+        return x.sin() * random.Random(0).randint(1, x.shape[0])
+
+
+class DrawingLater(nn.Module):
+    """So does a graph that is handed tensors with such sizes by the one before."""
+
+    def forward(self, x):
+        x = x[x[:, 0] > 0] * 2
+        torch._dynamo.graph_break()
+        return x.sin() * random.Random(0).randint(1, x.shape[0])
 
 
 def counted(model, **options):
@@ -122,12 +140,13 @@ def test_another_thread_does_not_see_the_setting(monkeypatch):
     assert counter.frame_count == breaks
 
 
-def test_a_size_that_python_asks_for_ends_the_graph_as_it_did():
+@pytest.mark.parametrize("asking", [Branching, Drawing, DrawingLater])
+def test_a_size_that_python_asks_for_ends_the_graph_as_it_did(asking):
     x = torch.randn(20, 4, requires_grad=True)
-    counter, compiled = counted(Branching())
+    counter, compiled = counted(asking())
     compiled(x)
-    model = compress(Branching(), **EXACT)
-    assert_close(step(model, (x,), [x]), step(Branching(), (x,), [x]), within=1e-6)
+    model = compress(asking(), **EXACT)
+    assert_close(step(model, (x,), [x]), step(asking(), (x,), [x]), within=1e-6)
     assert 1 <= len(explain(model).graphs) <= counter.frame_count
 
 

@@ -13,13 +13,12 @@ from tests.training import ranks
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def started(module, folder):
+    """What each rank's process of a module wrote."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(ranks.RANKS):
-        command = [sys.executable, "-m", "tests.training.ranks", str(rank), str(folder)]
+        command = [sys.executable, "-m", module, str(rank), str(folder)]
         log = folder.joinpath(f"{rank}.log").open("w")
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     try:
@@ -29,6 +28,11 @@ def found(tmp_path_factory):
             process.kill()
     assert codes == [0] * ranks.RANKS, folder.joinpath("0.log").read_text()[-4000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks.RANKS)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return started("tests.training.ranks", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

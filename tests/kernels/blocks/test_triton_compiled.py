@@ -7,6 +7,7 @@ import torch
 
 from actcompile.kernels import BlockFormat
 from bench import sass
+from tests.helpers import quickly
 
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 ARCHITECTURES = (80, 90)
@@ -25,22 +26,33 @@ def check(code: sass.MachineCode, registers: int) -> None:
     assert ".ftz" not in code.ptx, "flushed denormals differ from the reference"
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+QUANTIZE = [
+    (BlockFormat(2), torch.float32, 16, 128),
+    (BlockFormat(2), torch.bfloat16, 16, 128),
+    (FITTED, torch.float32, 16, 128),
+    (DEFAULT, torch.float32, 16, 168),
+    (DEFAULT, torch.bfloat16, 16, 248),
+    (BlockFormat(4, 64, "variance-minimising", torch.bfloat16), torch.float32, 16, 128),
+    (BlockFormat(2, 32, metadata=torch.bfloat16), torch.float32, 16, 168),
+    (BlockFormat(1), torch.float32, 16, 255),
+    (BlockFormat(1), torch.bfloat16, 8, 255),
+    (BlockFormat(4), torch.float32, 16, 96),
+    (BlockFormat(8), torch.float16, 16, 96),
+]
+DEQUANTIZE = [(BlockFormat(2), torch.float32), (BlockFormat(2), torch.bfloat16), (FITTED, torch.float32)]
+DEQUANTIZE += [(DEFAULT, torch.float32), (DEFAULT, torch.bfloat16)]
+AGAIN = [(fmt, op) for fmt in (DEFAULT, BlockFormat(1), BlockFormat(8)) for op in ("quantize", "dequantize")]
+
+
+def everywhere(cases, quick):
+    """For every architecture; for the older one, only those of `quick` formats are not left to the slow tests."""
+    older, *others = ARCHITECTURES
+    slow = [(*case, older) for case in cases if case[0] not in quick]
+    return quickly([*((*case, older) for case in cases), *((*case, arch) for case in cases for arch in others)], slow)
+
+
 @pytest.mark.parametrize(
-    ("fmt", "dtype", "width", "registers"),
-    [
-        (BlockFormat(2), torch.float32, 16, 128),
-        (BlockFormat(2), torch.bfloat16, 16, 128),
-        (FITTED, torch.float32, 16, 128),
-        (DEFAULT, torch.float32, 16, 168),
-        (DEFAULT, torch.bfloat16, 16, 248),
-        (BlockFormat(4, 64, "variance-minimising", torch.bfloat16), torch.float32, 16, 128),
-        (BlockFormat(2, 32, metadata=torch.bfloat16), torch.float32, 16, 168),
-        (BlockFormat(1), torch.float32, 16, 255),
-        (BlockFormat(1), torch.bfloat16, 8, 255),
-        (BlockFormat(4), torch.float32, 16, 96),
-        (BlockFormat(8), torch.float16, 16, 96),
-    ],
+    ("fmt", "dtype", "width", "registers", "arch"), everywhere(QUANTIZE, [DEFAULT, BlockFormat(1)])
 )
 def test_quantize(fmt, dtype, width, registers, arch):
     code = sass.quantize_code(fmt, dtype, arch)
@@ -52,17 +64,7 @@ def test_quantize(fmt, dtype, width, registers, arch):
     assert loads[width] in (once, 2 * once)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("fmt", "dtype"),
-    [
-        (BlockFormat(2), torch.float32),
-        (BlockFormat(2), torch.bfloat16),
-        (FITTED, torch.float32),
-        (DEFAULT, torch.float32),
-        (DEFAULT, torch.bfloat16),
-    ],
-)
+@pytest.mark.parametrize(("fmt", "dtype", "arch"), everywhere(DEQUANTIZE, [DEFAULT]))
 def test_dequantize(fmt, dtype, arch):
     code = sass.dequantize_code(fmt, dtype, arch)
     check(code, 64)
@@ -97,9 +99,7 @@ def test_groups_that_do_not_fit_into_registers(words):
     assert code.widths("LDG")[16 if words == 4096 else 4] >= 2 * 16
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("op", ["quantize", "dequantize"])
-@pytest.mark.parametrize("fmt", [DEFAULT, BlockFormat(1), BlockFormat(8)], ids=str)
+@pytest.mark.parametrize(("fmt", "op", "arch"), everywhere(AGAIN, [DEFAULT]))
 def test_what_is_done_again_does_not_spill(op, fmt, arch):
     check(sass.again_code(op, fmt, torch.float32, arch), 255)
 

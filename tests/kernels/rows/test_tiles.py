@@ -1,12 +1,17 @@
 """Sums over tiles of rows against the same sums over all rows."""
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.rows.tiles import Step, Sum, Tiled, parse, row_sums
+from actcompile.kernels.edges.program import Operand, Output, Program
+from actcompile.kernels.edges.program import Step as Op
+from actcompile.kernels.rows.tiles import LOOP, Step, Sum, Tiled, parse, row_sums
 
 ops = torch.ops.actcompile
 
@@ -67,3 +72,29 @@ def test_the_op_is_one_of_torchs(dtype):
     text = Tiled(4, [(1, 1), (1, 1)], [], sums).dump()
     operands = [torch.randn(10, 3).to(dtype), torch.randn(10, 5).to(dtype)]
     torch.library.opcheck(ops.row_sums.default, (text, 10, operands))
+
+
+@settings(max_examples=10)
+@given(nodes=st.integers(0, 1500), heads=st.sampled_from((1, 3)), columns=st.sampled_from((1, 5, 40)))
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_loop_computes_what_torch_does(compiled, nodes, heads, columns):
+    """A gate with a row for all, a number for each row, and a mask."""
+    torch.manual_seed(nodes)
+    x, y = torch.randn(nodes, heads, columns), torch.randn(nodes, heads)
+    shift, mask = torch.randn(columns), torch.rand(nodes, heads * columns) < 0.5
+    operands = (("edge", "hc"), ("all", "c"), ("edge", "h"), ("edge", "hc"))
+    dtypes = ("float32", "float32", "float32", "bool")
+    steps = ("sub", ("o0", "o1")), ("sigmoid", ("v0",)), ("mul", ("v1", "o2")), ("where", ("o3", "v2", 0.0))
+    gate = Program(
+        tuple(Operand(where, -1, level, dtype) for (where, level), dtype in zip(operands, dtypes, strict=True)),
+        tuple(Op(op, arguments, "hc") for op, arguments in steps),
+        (Output("edge", "v3", "hc", "float32"),),
+    ).dump()
+    size = [{"rows": None}, heads, columns]
+    step = Step(LOOP, [gate, heads, columns, size, *({"operand": i} for i in range(4))], {})
+    sums = [Sum({"step": 0}, None, [heads, columns], "float32")]
+    text = Tiled(512, [(1, 1), None, (1, 1), (1, 1)], [step], sums).dump()
+    with nullcontext() if compiled else mock.patch("actcompile.kernels.rows.loops.compiled", return_value=None):
+        (total,) = row_sums(text, nodes, [x, shift, y, mask])
+    expected = torch.where(mask.view_as(x), torch.sigmoid(x - shift) * y[..., None], 0.0).double().sum(0)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-4)

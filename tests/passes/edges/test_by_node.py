@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import EXACT, step
+from tests.helpers import EXACT, quickly, step
 from tests.passes.edges.layers import EDGE, IN, MLPOf, Own, build, graph, mlp
 from tests.passes.edges.test_edges import assert_same, called, check, compiled, graphs, wide  # noqa: F401  a fixture
 
@@ -40,7 +40,10 @@ def test_nothing_of_an_mlp_has_a_row_for_each_edge(name, graphs):
     assert wide(graphs, count, EDGE) and by_edge(graphs, count)  # it does tell
 
 
-@pytest.mark.parametrize("name", ["EdgeConv", "learned of edges", "learned of three", "mesh", "decoder", "filtered"])
+IN_FLOAT32 = ("EdgeConv", "learned of edges", "learned of three", "mesh", "decoder", "filtered")
+
+
+@pytest.mark.parametrize("name", quickly(IN_FLOAT32, IN_FLOAT32[3:]))
 def test_in_float32(name):
     model, takes = build(name, torch.float32)
     check(model, graph(dtype=torch.float32, takes=takes), within=2e-5)

@@ -13,8 +13,8 @@ import actcompile.backend  # noqa: F401  the module; `actcompile.backend` is the
 from actcompile.kernels.edges import group as grouping
 from actcompile.kernels.edges import ops as edges_ops
 from actcompile.kernels.edges.program import COMPARING, parse
-from tests.helpers import EXACT, step, uncompressed
-from tests.passes.edges.layers import GRAPHS, IN, LAYERS, WIDTH, Pooled, build, graph
+from tests.helpers import EXACT, quickly, step, uncompressed
+from tests.passes.edges.layers import GRAPHS, IN, LAYERS, REPEATED, WIDTH, Pooled, build, graph
 
 ops = torch.ops.actcompile
 PIPELINE = sys.modules["actcompile.backend"]
@@ -79,7 +79,7 @@ def draws(name):
     return name in ("GAT 2 heads", "GATv2 edges", "Transformer edges")  # dropout draws other numbers in eager
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", quickly(LAYERS, REPEATED))
 def test_gradients_are_those_of_eager(name, graphs):
     model, takes = build(name)
     inputs = graph("ties" if len(name) % 2 else "random", takes=takes)
@@ -94,8 +94,11 @@ def test_gradients_are_those_of_eager(name, graphs):
 NOTHING_TO_FUSE = ("Arma", "segment", "scatter mul", "own across")
 
 
-@pytest.mark.parametrize("kind", GRAPHS)
-@pytest.mark.parametrize("name", ["SAGE max", "GCN", "GAT 2 heads averaged", "own relu", "two SAGE"])
+ON_GRAPHS = [(name, kind) for name in ("SAGE max", "GAT 2 heads averaged") for kind in GRAPHS]
+ON_GRAPHS += [(name, kind) for name in ("GCN", "own relu", "two SAGE") for kind in ("ties", "one node", "no edges")]
+
+
+@pytest.mark.parametrize(("name", "kind"), ON_GRAPHS)
 def test_gradients_on_any_graph(name, kind):
     if name == "two SAGE" and kind == "one node":
         pytest.skip("a norm over one row")
@@ -145,7 +148,7 @@ HEADS = {"two SAGE": 1, "SAGE max": 1, "SAGE min": 1, "two max": 1, "GCN": 1, "t
 HEADS |= {"GAT": 1, "two GAT": 2, "GAT 2 heads": 2, "GATv2": 2, "Transformer": 2, "TAG": 1, "SG": 1, "index_add": 1}
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", quickly(HEADS, {*REPEATED, "GCN weighted", "GIN", "GAT", "two GAT", "TAG"}))
 def test_nothing_has_a_row_of_features_for_each_edge(name, graphs):
     model, takes = build(name)
     inputs = graph(takes=takes)
@@ -323,8 +326,10 @@ def test_in_bfloat16_gradients_are_finite_and_near(name):
             assert (a - c).norm() < 3 * noise
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["SAGE mean", "SAGE max", "own relu", "scatter max", "scatter sum"])
+IN_16_BITS = [(name, torch.bfloat16) for name in ("SAGE mean", "SAGE max", "own relu", "scatter max", "scatter sum")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*IN_16_BITS, ("SAGE max", torch.float16), ("scatter sum", torch.float16)])
 def test_16_bit_models(name, dtype):
     model, takes = build(name, dtype)
     inputs = graph(dtype=dtype, takes=takes)

@@ -91,7 +91,7 @@ def test_an_extremum_meets_its_messages_whoever_computes_them(name, included, st
         how_many_are_larger,
         how_many_edges_are_larger,
         from_the_end,
-        of_many_ops,
+        pytest.param(of_many_ops, marks=pytest.mark.slow),  # half a minute
         of_many_ops_on_nodes,
     ],
 )

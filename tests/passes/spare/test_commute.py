@@ -76,7 +76,7 @@ def problem(columns):
     return parameters, indices, factors
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=4), columns=st.integers(1, 2 * WIDTH))
 def test_the_gradients_are_those_of_before(steps, columns):
     torch._dynamo.reset()

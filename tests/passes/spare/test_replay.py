@@ -11,7 +11,7 @@ from torch_geometric.utils import degree
 import actcompile
 from actcompile import Config, keep
 from bench.models import build
-from tests.helpers import EXACT, FAST, SAVED, assert_close, assert_equal, gnn, graph, step, uncompressed
+from tests.helpers import EXACT, FAST, SAVED, assert_close, assert_equal, gnn, graph, quickly, step, uncompressed
 
 INPUTS = graph(nodes=256, edges=1024)
 REPLAY = {**FAST, "replay": 0.4}
@@ -46,9 +46,13 @@ def test_a_first_layer_is_not_saved_and_the_others_are():
     assert made.bytes_after < report(gnn(layers=3), *INPUTS, replay=0).bytes_after
 
 
+STEPS = [(name, dynamic) for name in ("sage", "gcn", "gin", "gat") for dynamic in (None, True)]
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", ["sage", "gcn", "gin", "gat"])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("name", "dynamic"), quickly(STEPS, [("sage", True), ("gin", None), ("gcn", None), ("gat", True)])
+)
 def test_gradients_are_equal_to_the_bit(name, dynamic):
     """With dropout, and with the whole forward's work allowed. Loops that GCN and GAT add have unbacked sizes."""
     options = {**EXACT, "rebuild": False, "replay": 1.0, "fuse": name != "gat"}  # fused, an attention is one op
@@ -78,7 +82,7 @@ LAYERS = {
 }
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=settings.default.max_examples // 10)  # each compiles
 @given(
     layer=st.sampled_from(sorted(LAYERS)),
     wide=st.sampled_from([8, 32, 48]),

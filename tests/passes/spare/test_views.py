@@ -272,7 +272,7 @@ def cut(h, how, where):
 chains = st.lists(st.tuples(st.sampled_from(CUTS), st.integers(0, 5)), max_size=4)
 
 
-@settings(max_examples=settings.default.max_examples // 6)  # each compiles three graphs
+@settings(max_examples=settings.default.max_examples // 12)  # each compiles three graphs
 @given(pieces=st.lists(chains, min_size=1, max_size=3), join=st.sampled_from(("sum", "product")), dynamic=st.booleans())
 def test_any_chains_of_views(pieces, join, dynamic):
     """Lossless gradients to the bit, rounded ones near, and the report's bytes are those that are held."""

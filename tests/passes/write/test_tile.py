@@ -7,7 +7,7 @@ from torch import nn
 
 from actcompile import compress, explain
 from actcompile.passes.write import accumulate, tile
-from tests.helpers import FAST, assert_close, gnn, graph, step
+from tests.helpers import FAST, assert_close, gnn, graph, quickly, step
 
 NODES = 1300  # two tiles of 512 rows, and a part of one
 
@@ -68,7 +68,9 @@ def compare(name, options, request, within, **tiled_options):
     return ops_of(after)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), quickly(CASES, [(name, {}) for name in ("sage", "gcn", "edge_mlp")]), ids=str
+)
 def test_gradients_are_those_of_whole_tensors(name, options, request):
     assert "actcompile.row_sums.default" in compare(name, options, request, within=1e-4)
 
@@ -93,3 +95,16 @@ def test_what_weights_read_is_not_made_as_a_whole():
     x, edge_index = graph(NODES, 4000)
     _, made = gradients(lambda: gnn("sage", layers=3, norm=False), (x, edge_index), replay=0)
     assert not [op for op in ops_of(made) if "dequantize" in op]
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("name", ["sage", "gin"])
+def test_pointwise_ops_of_a_tile_are_one_loop(name, monkeypatch):
+    programs = []
+    monkeypatch.setattr(tile.Tiled, "dump", lambda self, dump=tile.Tiled.dump: programs.append(self) or dump(self))
+    gradients(MODELS[name], graph(NODES, 4000))
+    called = [step.op for program in programs for step in program.steps]
+    assert "loop" in called
+    assert not [
+        op for op in called if op.startswith("aten") and not op.startswith(("aten.view", "aten.mm", "aten.addmm"))
+    ]
