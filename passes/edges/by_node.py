@@ -22,7 +22,7 @@ from torch import fx
 from ..graph import _torch
 from ..graph.split import call, is_tensor
 from .columns import Part, Taken, has_fewer_rows, parts_of
-from .regions import is_float
+from .computable import is_float
 from .takes import PRODUCTS, Index, Reduction, is_transposed, original, reduction_of, size_of
 
 aten = torch.ops.aten

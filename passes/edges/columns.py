@@ -14,7 +14,7 @@ from torch import fx
 
 from ..graph import _torch
 from ..graph.split import is_tensor
-from .regions import is_float
+from .computable import is_float
 from .takes import Take, original, take_of
 
 aten, prims = torch.ops.aten, torch.ops.prims

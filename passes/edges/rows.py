@@ -8,7 +8,7 @@ from torch import fx
 
 from ..graph import _torch
 from ..graph.split import is_tensor
-from .regions import is_computable, product_of
+from .computable import is_computable, product_of
 from .takes import Take, take_of
 
 DEEPEST = 2  # products one after another in a region; what comes after them begins at rows of edges in memory

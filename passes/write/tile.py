@@ -19,7 +19,8 @@ from torch import fx
 from actcompile.kernels import BlockFormat
 from actcompile.kernels.rows.tiles import LOOP, Step, Sum, Tiled
 
-from ..edges.regions import POINTWISE, Loop, Unfit, is_computable, loop
+from ..edges.computable import POINTWISE, is_computable
+from ..edges.regions import Loop, Unfit, loop
 from ..graph import _torch
 from ..graph.find import numel_hint
 from ..graph.split import call, is_tensor, is_view, reached_from, root
