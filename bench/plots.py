@@ -53,14 +53,15 @@ Growth = Mapping[str, Sequence[tuple[float, float, bool]]]
 def growth(path: Path, title: str, x_label: str, y_label: str, series: Growth) -> None:
     """One line for each series, on logarithmic scales: hollow and dashed where it was not measured."""
     figure, axis = pyplot.subplots(figsize=(6, 4))
-    for (name, points), colour, mark in zip(series.items(), COLOURS, MARKS, strict=False):
+    sides = (7, -13) * len(series)  # numbers above the first line, below the second
+    for (name, points), colour, mark, side in zip(series.items(), COLOURS, MARKS, sides, strict=False):
         colour = OURS if name == "default" else colour
         known = [p for p in points if p[2]]
         axis.plot([p[0] for p in points], [p[1] for p in points], color=colour, linestyle="--", linewidth=0.8)
         axis.plot([p[0] for p in known], [p[1] for p in known], color=colour, label=name)
         for x, y, measured in points:
             axis.plot(x, y, color=colour, marker=mark, markerfacecolor=colour if measured else "white")
-            axis.annotate(f"{y:,.3g}", (x, y), (0, 7), textcoords="offset points", fontsize=7, ha="center")
+            axis.annotate(f"{y:,.3g}", (x, y), (0, side), textcoords="offset points", fontsize=7, ha="center")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.margins(y=0.12)
