@@ -54,9 +54,9 @@ def _rank(rank: int, name: str, size: str, steps: int, folder: str) -> None:
     store = f"file://{Path(folder) / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(minutes=10))
 
-    def training(bits: int | None) -> Training:
+    def training(bits: int | None, compressed: bool = True) -> Training:
         def prepare(model: nn.Module) -> nn.Module:
-            ddp = DistributedDataParallel(actcompile.compress(model))
+            ddp = DistributedDataParallel(actcompile.compress(model) if compressed else model)
             return ddp if bits is None else actcompile.compress_gradients(ddp, bits)
 
         return Brought(name, size, dropout=False).training(prepare)
@@ -71,7 +71,8 @@ def _rank(rank: int, name: str, size: str, steps: int, folder: str) -> None:
             times[way].append(seconds(trained.step))
     exact = ways["exact"]
     report = actcompile.explain(exact.model)
-    gradients = {way: trained.gradients(seed=0) for way, trained in ways.items()}
+    # Of eager models: activations that are rounded another way would count, too.
+    gradients = {way: training(bits, False).gradients(seed=0) for way, bits in zip(ways, (None, *BITS), strict=True)}
     numbers = sum(p.numel() for p in exact.model.parameters())
     exchanged = {}
     for way in ways:
