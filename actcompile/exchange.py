@@ -6,18 +6,17 @@ gradients are the same on every rank, and their mean over steps is that of exact
 times: with 4 bits an eighth with two ranks, a half with eight.
 """
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .kernels import BlockFormat, dequantize, quantize
+from .kernels import BlockFormat, dequantize, draw_seed, quantize
+from .kernels.blocks.random_bits import rounding_seeded
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on
-# DDP reads the annotations of `_exchange`: this module may not leave them unevaluated.
 SENT = (torch.float32, torch.bfloat16, torch.float16)  # gradients of other dtypes are all-reduced as they are
 
 
@@ -52,23 +51,25 @@ def compress_gradients(
 
 @dataclass
 class _Exchange:
-    """errors: what rounding has added to each parameter's gradient so far; None where that is not kept."""
+    """errors: what rounding has added to each parameter's gradient so far; None where that is not kept.
+
+    sent: how many buckets.
+    """
 
     group: dist.ProcessGroup
     fmt: BlockFormat
     seed: int
     errors: dict[Tensor, Tensor] | None
-    generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
+    sent: int = 0
 
     def draw_seed(self, device: torch.device) -> Tensor:
-        if device not in self.generators:
-            own = hash((self.seed, dist.get_rank(self.group)))
-            self.generators[device] = torch.Generator(device).manual_seed(own)
-        return torch.randint(
-            -(2**31), 2**31, (1, 2), dtype=torch.int32, device=device, generator=self.generators[device]
-        )
+        """Another one for each bucket of each rank."""
+        self.sent += 1
+        with rounding_seeded(hash((self.seed, dist.get_rank(self.group), self.sent))):
+            return draw_seed(1, device)
 
 
+# DDP reads the annotations of its hook: this module may not leave them unevaluated.
 def _exchange(state: _Exchange, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DDP's hook: the mean over ranks of a bucket's gradients, in the bucket."""
     gradient, ranks = bucket.buffer(), dist.get_world_size(state.group)
@@ -80,8 +81,7 @@ def _exchange(state: _Exchange, bucket: dist.GradBucket) -> torch.futures.Future
         known = state.errors
         errors = torch.cat([known.get(p, torch.zeros_like(p)).flatten() for p in bucket.parameters()])
         gradient += errors
-    fmt = state.fmt
-    seed = state.draw_seed(gradient.device)
+    fmt, seed = state.fmt, state.draw_seed(gradient.device)
     parts = quantize(gradient, seed, 0, fmt.bits, fmt.block, fmt.levels, fmt.metadata, fmt.words)
     message = torch.cat([part.view(torch.uint8).flatten() for part in parts])
     if errors is not None:
@@ -101,7 +101,7 @@ def _exchange(state: _Exchange, bucket: dist.GradBucket) -> torch.futures.Future
 
 def _decoded(message: Tensor, parts: tuple[Tensor, ...], like: Tensor, fmt: BlockFormat) -> Tensor:
     """The gradients that a message holds, whose parts are as large as these."""
-    sent = message.split([math.prod(p.shape) * p.itemsize for p in parts])
+    sent = message.split([p.nbytes for p in parts])
     words, low, high = (s.clone().view(p.dtype).view(p.shape) for s, p in zip(sent, parts, strict=True))
     return dequantize(words, low, high, list(like.shape), like.dtype, fmt.bits, fmt.block, fmt.levels)
 

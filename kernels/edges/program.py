@@ -193,10 +193,8 @@ def run_reference(
     Returns:
         (nodes, width), (edges, width), or (inner axis, width) for each output.
     """
-    edges, by = (
-        by.shape[0],
-        torch.where(by < 0, by + nodes, by),
-    )  # torch takes rows from the end, and adds up none there
+    edges = by.shape[0]
+    by = torch.where(by < 0, by + nodes, by)  # torch takes rows from the end, and adds up none there
     inner = program.inner
     real = torch.float64 if program.is_double else torch.float32  # what is computed in
     values: dict[str, Tensor] = {}

@@ -27,7 +27,6 @@ Arg = Any
 
 DECODE = "actcompile.dequantize.default"
 LOOP = "loop"  # a step that is many pointwise ops: its arguments are those of `loop`
-INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 @dataclass(frozen=True)
@@ -165,17 +164,6 @@ def _value(arg: Arg, operands: Sequence[Tensor], made: Sequence[Any], rows: int)
     return arg
 
 
-def _where(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """`torch.where`, which on the CPU takes a branch for each element: many times as long, where masks are random."""
-    if x.dtype != y.dtype or x.dtype not in INTEGERS:
-        return torch.where(mask, x, y)
-    one, other = (v.contiguous().view(INTEGERS[x.dtype]) for v in (x, y))
-    result = torch.bitwise_xor(one, other)
-    result &= mask.to(result.dtype).neg_()
-    result ^= other
-    return result.view(x.dtype)
-
-
 def _add(total: Tensor, left: Tensor, right: Tensor | None) -> None:
     if right is None:
         total += left.sum(0, dtype=total.dtype).view(total.shape)
@@ -187,7 +175,6 @@ def _add(total: Tensor, left: Tensor, right: Tensor | None) -> None:
 
 _OWN = {
     LOOP: loop,
-    "aten.where.self": _where,
     "actcompile.unpack_bits.default": unpack_bits_on_cpu,
     "actcompile.bytes_to_mask.default": lambda byte: byte.view(torch.bool),
 }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from ..graph import _torch
-from ..graph.split import is_tensor
+from ..graph.split import ancestors, descendants, is_tensor
 from .computable import LARGEST, is_float, product_of
 from .regions import Region, Unfit, region
 from .rows import Rows, width
@@ -44,10 +44,10 @@ class Finder:
     def __init__(self, graph: fx.Graph, num_fwd_outputs: int, parameters: Collection[str]) -> None:
         self.graph = graph
         outputs = graph.output_node().args[0]
-        self.forward = _ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))  # type: ignore[index, union-attr]
+        self.forward = ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))  # type: ignore[index, union-attr]
         placeholders = graph.find_nodes(op="placeholder")
-        self.of_tangents = _descendants(n for n in placeholders if "tangents" in n.name)
-        self.of_parameters = _descendants(n for n in placeholders if n.name in parameters)
+        self.of_tangents = descendants(n for n in placeholders if "tangents" in n.name)
+        self.of_parameters = descendants(n for n in placeholders if n.name in parameters)
         self.rows = Rows(graph)
         self.refused: list[tuple[fx.Node, str]] = []
         self.matrices: dict[fx.Node, fx.Node] = {}
@@ -273,23 +273,3 @@ def _adds_atomically(node: fx.Node) -> bool:
     if value.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return False
     return value.dtype in (torch.float32, torch.float64)
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found, todo = set(), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(node.all_input_nodes)
-    return found
-
-
-def _descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found, todo = set(), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(node.users)
-    return found

@@ -1,7 +1,7 @@
 """`Split`: the forward and the backward graph, and which output of the one is which input of the other."""
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -267,12 +267,26 @@ def root(node: fx.Node) -> fx.Node:
 
 def reached_from(node: fx.Node) -> set[fx.Node]:
     """All that depends on a node."""
-    found, todo = set(), list(node.users)
+    return descendants(node.users)
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that depends on them."""
+    return _closed(nodes, lambda node: node.users)
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that they are made of."""
+    return _closed(nodes, lambda node: node.all_input_nodes)
+
+
+def _closed(nodes: Iterable[fx.Node], beside: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    found, todo = set(), list(nodes)
     while todo:
-        user = todo.pop()
-        if user not in found:
-            found.add(user)
-            todo += user.users
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += beside(node)
     return found
 
 

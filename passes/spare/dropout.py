@@ -19,7 +19,7 @@ from actcompile.kernels.bits.random_mask import threshold_of
 
 from ..graph import _torch
 from ..graph.find import SavedActivation
-from ..graph.split import Split, call, is_size, is_tensor, is_view
+from ..graph.split import Split, ancestors, call, is_size, is_tensor, is_view
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -64,7 +64,7 @@ def dropout(graph_module: fx.GraphModule, outputs: int) -> None:
         return
     joint = graph_module.graph
     returned = list(joint.output_node().args[0])[:outputs]  # type: ignore[arg-type]
-    forward = _ancestors(n for n in returned if isinstance(n, fx.Node))
+    forward = ancestors(n for n in returned if isinstance(n, fx.Node))
     found = [(node, made) for node in joint.nodes if node in forward and (made := _decisions(node))]
     if not found:
         return
@@ -190,14 +190,3 @@ def _erase(graph: fx.Graph, unused: list[fx.Node]) -> None:
             todo += node.all_input_nodes
             graph.erase_node(node)
             erased.add(node)
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes, and all that they are made of."""
-    found, todo = set(), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..graph import _torch
 from ..graph.rows import Names, row_op, terms
-from ..graph.split import Split, call
+from ..graph.split import Split, ancestors, call
 from .commute import copy_row_op
 
 aten = torch.ops.aten
@@ -46,14 +46,7 @@ def narrow(split: Split) -> list[fx.Node]:
 def _live(split: Split, kept: set[fx.Node]) -> set[fx.Node]:
     """The nodes of forward that the user or backward still needs."""
     wanted = [*kept, *(n for n in split.user_outputs if isinstance(n, fx.Node))]
-    todo = wanted + [n for n in split.forward.graph.nodes if n.op == "call_function" and n.is_impure()]
-    found: set[fx.Node] = set()
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found
+    return ancestors(wanted + [n for n in split.forward.graph.nodes if n.op == "call_function" and n.is_impure()])
 
 
 def _chain(node: object, kept: set[fx.Node], live: set[fx.Node], names: Names) -> list[fx.Node]:
