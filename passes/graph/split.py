@@ -141,6 +141,8 @@ class Split:
 
     def knows(self, size: Any) -> bool:
         """Whether backward has, or forward can save, every symbol of a size."""
+        if isinstance(size, int):
+            return True
         expression = _torch.expression(size)
         saved = {_torch.expression(v) for _, p in self.pairs if isinstance(v := p.meta.get("val"), torch.SymInt)}
         return expression in saved or all(s in saved or self._dimension(s) for s in expression.free_symbols)
