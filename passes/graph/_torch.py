@@ -3,7 +3,6 @@
 Read and tried with torch 2.13.0.
 """
 
-import itertools
 import math
 import sys
 import types
@@ -482,8 +481,8 @@ def fake_values(graph: torch.fx.Graph) -> Iterator[Any]:
 
     No guards are made: asked whether a result is contiguous, fake tensors guard on sizes such as a number of groups.
     """
-    values = (v for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor))
-    with _mode([*itertools.islice(values, 1)]) as mode, mode.shape_env.suppress_guards() if mode.shape_env else nullcontext():
+    value = next((v for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)), None)
+    with _mode([value]) as mode, mode.shape_env.suppress_guards() if mode.shape_env else nullcontext():
         yield mode
 
 
