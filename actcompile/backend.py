@@ -37,6 +37,7 @@ from actcompile.passes.write.accumulate import accumulate
 from actcompile.passes.write.late import late
 from actcompile.passes.write.prepare import prepare
 from actcompile.passes.write.rewrite import rewrite
+from actcompile.passes.write.scale import scale
 from actcompile.passes.write.tile import tile
 from actcompile.passes.write.verify import verify
 
@@ -189,6 +190,7 @@ def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -
     tile(split.backward.graph)
     late(split)
     for module in (split.forward, split.backward):
+        scale(module.graph)
         accumulate(module.graph)
         module.recompile()
 
