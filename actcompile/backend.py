@@ -85,8 +85,8 @@ def partition(
     chosen, spared = decide(split, policy, config)
     fitted = None
     if policy.exact is None and config.pinned is not None:
-        gone = [s.activation for s in spared]
-        ways = pinned(config.pinned.graphs, chosen, gone, parameters_of(split), situation.training, policy)
+        made = set(split.keys.known.values())
+        ways = pinned(config.pinned.graphs, chosen, made, parameters_of(split), situation.training, policy)
         chosen = chosen.taking(ways, policy.min_bytes)
     elif policy.exact is None and (config.bounded or config.measured):
         trial = cut(_copied(joint), inputs, num_fwd_outputs, situation, **options)

@@ -60,7 +60,8 @@ class Keys:
 
     def of(self, node: fx.Node) -> str:
         if node not in self.known:
-            made_of = ", ".join(self.of(n) for n in node.all_input_nodes if _is_tensor(n))
+            maker = node.all_input_nodes[0] if node.target is operator.getitem else node
+            made_of = ", ".join(self.of(n) for n in maker.all_input_nodes if _is_tensor(n))
             self._name(node, f"{_label(node)}({made_of})")
         return self.known[node]
 

@@ -14,7 +14,6 @@ import torch
 from actcompile.kernels import BlockFormat
 
 from ..codecs.codecs import EXACT, Cast, Codec, Keep, LowRank, Prune, Quantize, SampleRows
-from ..graph.find import SavedActivation
 from ..graph.split import Split
 from .fit import Impossible
 from .plan import Choice, Plan, Policy, bits_of
@@ -34,8 +33,9 @@ DTYPES = {
 }
 MOST = 8  # objections in a message
 REMEDY = (
-    "It was made for another model, for other sizes, or with another inner or torch. Make a new one: "
-    "explain(model, *inputs).plan(), or explain(model).plan() after some steps of training"
+    "It was made for another model, or where torch cuts the graph elsewhere: other sizes, another inner, dynamic or torch. "
+    "Make a new one: explain(model, *inputs, dynamic=...).plan(), or, with all graphs that they needed, "
+    "explain(model).plan() after some steps"
 )
 
 
@@ -125,7 +125,7 @@ def parameters_of(split: Split) -> tuple[str, ...]:
 def pinned(
     graphs: Sequence[PinnedGraph],
     plan: Plan,
-    spared: Collection[SavedActivation],
+    made: Collection[str],
     parameters: tuple[str, ...],
     training: bool,
     policy: Policy,
@@ -134,7 +134,7 @@ def pinned(
 
     Args:
         plan: the rules' plan of the graph.
-        spared: what backward does without, at these sizes.
+        made: the keys of all that forward makes; at some sizes not all of it is saved that is at others.
         parameters: those of the graph.
 
     Raises:
@@ -149,13 +149,12 @@ def pinned(
     if not rounded and all(g.keys.isdisjoint(here) for g in graphs):
         return {}  # a graph with nothing to decide
     graphs.sort(key=lambda g: len(g.keys ^ set(rounded)))
-    gone = {a.key for a in spared}
     for graph in graphs:
-        if not _objections(graph, rounded, kept, gone, parameters, policy):
+        if not _objections(graph, rounded, kept, made, parameters, policy):
             return {pin.key: _taken(pin, rounded[pin.key], policy) for pin in graph.pins if pin.key in rounded}
     found = [f"the plan has no graph of a model in {'training' if training else 'eval'} mode"]
     if graphs:
-        found = _objections(graphs[0], rounded, kept, gone, parameters, policy)
+        found = _objections(graphs[0], rounded, kept, made, parameters, policy)
     more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []
     raise Impossible(f"plan: {'; '.join(found[:MOST] + more)}. {REMEDY}")
 
@@ -164,7 +163,7 @@ def _objections(
     graph: PinnedGraph,
     rounded: Mapping[str, Choice],
     kept: Mapping[str, Choice],
-    gone: Collection[str],
+    made: Collection[str],
     parameters: tuple[str, ...],
     policy: Policy,
 ) -> list[str]:
@@ -178,8 +177,8 @@ def _objections(
     for pin in graph.pins:
         choice = rounded.get(pin.key) or kept.get(pin.key)
         if choice is None:
-            if pin.key not in gone:
-                found.append(f"the plan has {pin.key}, which the model does not save")
+            if rounded and pin.key not in made:
+                found.append(f"the plan has {pin.key}, which the model does not have")
             continue
         a = choice.activation
         dtype = str(a.value.dtype).removeprefix("torch.")
