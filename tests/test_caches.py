@@ -41,7 +41,7 @@ model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.L
 if options is None:
     run = torch.compile(model)
 else:
-    run = actcompile.compress(model, min_bytes=0, **options)
+    run = actcompile.compress(model, **{"min_bytes": 0, **options})
 x = torch.randn(256, 64)
 model.train(training)
 torch.manual_seed(1)

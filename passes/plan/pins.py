@@ -33,8 +33,8 @@ DTYPES = {
 }
 MOST = 8  # objections in a message
 REMEDY = (
-    "It was made for another model, or where torch cuts the graph elsewhere: other sizes, another inner, dynamic or torch. "
-    "Make a new one: explain(model, *inputs, dynamic=...).plan(), or, with all graphs that they needed, "
+    "It was made for another model, or where torch cuts the graph elsewhere: other sizes, another inner, dynamic or "
+    "torch. Make a new one: explain(model, *inputs, dynamic=...).plan(), or, with all graphs that they needed, "
     "explain(model).plan() after some steps"
 )
 
