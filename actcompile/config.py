@@ -403,11 +403,15 @@ def _unplain(name: str, value: Any) -> Any:
     """The inverse, of the field `name`."""
     if name == "method" and value is not None:
         return _rule(value)
-    return tuple((pattern, _rule(rule)) for pattern, rule in value) if name == "rules" else value
+    if name != "rules":
+        return value
+    if not isinstance(value, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        raise ValueError(f"plan: rules must be pairs of a pattern and a rule, got {value!r}")
+    return tuple((pattern, _rule(rule)) for pattern, rule in value)
 
 
 def _rule(value: Any) -> Rule:
-    name, parameter = value
+    name, parameter = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     makers: dict[str, Callable[[Any], Rule]] = {
         "keep": lambda _: keep(),
         "lossless": lambda _: lossless(),

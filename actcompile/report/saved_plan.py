@@ -134,6 +134,8 @@ def _graph(data: Any, where: str) -> PinnedGraph:
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ValueError(f"{where} has {min(twice)} twice")
     parameters = tuple(_of(list, data, "parameters", where))
+    if not all(isinstance(shape, str) for shape in parameters):
+        raise ValueError(f"{where}: parameters must be texts such as '64x32', got {parameters!r}")
     return PinnedGraph(_of(bool, data, "training", where), parameters, pins)
 
 

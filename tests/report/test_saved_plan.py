@@ -73,7 +73,7 @@ def wrong(**changes):
     data = json.loads(json.dumps(_data()))
     (pin,) = data["graphs"][0]["pins"]
     for name, value in changes.items():
-        place = data if name in data else pin if name in pin else pin["way"]
+        place = next((p for p in (data, data["graphs"][0], pin) if name in p), pin["way"])
         place[name] = value
     return data
 
@@ -95,6 +95,7 @@ def _data():
         ({"settings": []}, "plan: settings must be of type dict"),
         ({"graphs": {}}, "plan: graphs must be of type list"),
         ({"key": 3}, r"graphs\[0\].pins\[0\]: key must be of type str, got 3"),
+        ({"parameters": [3]}, r"graphs\[0\]: parameters must be texts"),
         ({"dims": True}, "dims must be of type int"),
         ({"nbytes": 1.5}, "nbytes must be of type int"),
         ({"way": {}}, "codec must be one of keep, quantize"),
@@ -165,5 +166,7 @@ def test_wrong_settings_in_a_plan_are_errors():
         Config(plan=replace(PLAN, settings=(("tiles", 3),)))
     with pytest.raises(ValueError, match="^bits must be one of"):
         Config(plan=replace(PLAN, settings=(("bits", 3),)))
+    with pytest.raises(ValueError, match="^plan: rules must be pairs"):
+        Config(plan=replace(PLAN, settings=(("rules", 3),)))
     with pytest.raises(ValueError, match="there is no rule 'eval'"):
         Config(plan=replace(PLAN, settings=(("rules", (("*", ("eval", "1")),)),)))
