@@ -144,10 +144,11 @@ def pinned(
     kept: dict[str, Choice] = {}
     for choice in plan.choices:
         (kept if isinstance(choice.by_rules, EXACT) else rounded)[choice.activation.key] = choice
-    here = {**kept, **rounded}
     graphs = [g for g in graphs if g.training == training]
-    if not rounded and all(g.keys.isdisjoint(here) for g in graphs):
-        return {}  # a graph with nothing to decide
+    if not rounded:  # nothing to decide, unless the plan rounds what must be kept
+        graphs = [g for g in graphs if g.parameters == parameters and not g.keys.isdisjoint(kept)]
+        if not graphs:
+            return {}
     graphs.sort(key=lambda g: len(g.keys ^ set(rounded)))
     for graph in graphs:
         if not _objections(graph, rounded, kept, made, parameters, policy):
