@@ -81,7 +81,9 @@ def _label(node: fx.Node) -> str:
         return "input" if node.op == "placeholder" else node.op
     if node.target is operator.getitem:
         return f"{_label(node.all_input_nodes[0])}[{node.args[1]}]"
-    return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else op_name(node)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).split(".")[1]
+    return getattr(node.target, "__name__", "call")  # no address, which is another in each process
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -116,8 +116,10 @@ def test_gradients_are_those_of_the_rules_where_the_plan_is_theirs(tmp_path, one
     assert actcompile.estimate(Net(), *INPUTS, config=Config(plan=plan, inner="aot_eager")).saved_after > 0
 
 
-@pytest.mark.parametrize(("nodes", "edges"), [(5000, 9000), (1100, 20000)])
-@pytest.mark.parametrize("dynamic", [False, True])
+OTHERS = [(5000, 9000, True), (1100, 20000, False), (5000, 9000, False), (1100, 20000, True)]
+
+
+@pytest.mark.parametrize(("nodes", "edges", "dynamic"), quickly(OTHERS, slow=OTHERS[2:]))
 def test_other_sizes_take_the_same_ways(nodes, edges, dynamic):
     plan = default()
     found = pinned(Net(), plan, graph(nodes=nodes, edges=edges), dynamic).plan()
@@ -134,7 +136,7 @@ def test_fewer_elements_to_average_over_take_more_bits_and_small_tensors_none():
     assert pinned(Net(), plan, graph(nodes=40, edges=90)).saved_bytes_after > 0
 
 
-def test_sampled_batches_of_changing_sizes():
+def test_sampled_batches_of_changing_sizes(tmp_path):
     """Two compilations, and so two graphs that have the same activations: of their ways those of the last one count."""
     model = compress(Net(), **OPTIONS, max_gradient_error=0.2)
     x, edge_index = graph(nodes=3000, edges=12000)
@@ -142,9 +144,10 @@ def test_sampled_batches_of_changing_sizes():
     batches = [(b.x, b.edge_index) for b in loader][:4]
     for batch in batches:
         model(*batch).sum().backward()
-    plan, last = explain(model).plan(), explain(model).graphs[-1]
+    last = explain(model).graphs[-1]
+    (plan := explain(model).plan()).save(tmp_path / "plan.json")
     torch._dynamo.reset()
-    again = compress(Net(), plan=plan, inner="aot_eager")
+    again = compress(Net(), plan=tmp_path / "plan.json", inner="aot_eager")
     for batch in batches:
         again(*batch).sum().backward()
     assert explain(again).plan() == plan and explain(again).graphs[-1].bytes_after == last.bytes_after
@@ -226,11 +229,14 @@ def test_an_edited_plan_rounds_nothing_that_is_kept():
         pinned(Net(), replace(plan, graphs=(replace(graph_, pins=(*graph_.pins, added)),)))
 
 
-def test_methods_of_other_codecs_are_pinned_too():
-    for method in (actcompile.sample_rows(4), actcompile.low_rank(4), actcompile.cast("float8_e4m3fn")):
-        plan = plan_of(Net(), method=method)
-        assert pinned(Net(), plan).plan() == plan
-        assert Config(plan=plan).method == method
+METHODS = [actcompile.sample_rows(4), actcompile.low_rank(4), actcompile.cast("float8_e4m3fn")]
+
+
+@pytest.mark.parametrize("method", quickly(METHODS, slow=METHODS[1:]), ids=str)
+def test_methods_of_other_codecs_are_pinned_too(method):
+    plan = plan_of(Net(), method=method)
+    assert pinned(Net(), plan).plan() == plan
+    assert Config(plan=plan).method == method
 
 
 SCRIPT = """
