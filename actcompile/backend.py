@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,15 +26,17 @@ from actcompile.passes.graph.origin import module_path
 from actcompile.passes.graph.reach import reach
 from actcompile.passes.graph.sizes import sizes
 from actcompile.passes.graph.split import Split
+from actcompile.passes.plan.fit import Fitted
+from actcompile.passes.plan.memory import lifetimes, live_bytes
 from actcompile.passes.plan.pins import parameters_of, pinned
-from actcompile.passes.plan.plan import Plan, Policy, plan
+from actcompile.passes.plan.plan import Choice, Plan, Policy, plan
 from actcompile.passes.spare.apart import apart
 from actcompile.passes.spare.commute import commute
 from actcompile.passes.spare.dropout import dropout, redraw
 from actcompile.passes.spare.masks import masks
 from actcompile.passes.spare.narrow import narrow
 from actcompile.passes.spare.rebuild import rebuild
-from actcompile.passes.spare.replay import replay
+from actcompile.passes.spare.replay import Replayed, replay
 from actcompile.passes.spare.views import views
 from actcompile.passes.write.accumulate import accumulate
 from actcompile.passes.write.late import late
@@ -52,6 +55,7 @@ from .report.record import Spared, memory, outlook, record
 from .together import together
 from .tracing.call import Situation, guard_on_mode, noted, situation
 
+WORTH = 0.98  # of a step's peak: where it falls below without, nothing is made again from a model's inputs
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
 
 
@@ -77,37 +81,84 @@ def partition(
         dropout(joint, num_fwd_outputs)
     plain = _copied(joint) if config.fuse else joint
     fused, moved = fuse(joint, num_fwd_outputs, config, options)
-    split = cut(joint, inputs, num_fwd_outputs, situation, **options)
-    by_torch, saved_fused = split, find(split)
-    if moved or any(not region.reason for region in fused):
-        by_torch = cut(plain, inputs, num_fwd_outputs, situation, **options)
+
+    def again(graph: fx.GraphModule = joint) -> Split:
+        return cut(_copied(graph), inputs, num_fwd_outputs, situation, **options)
+
+    split = again()
+    by_torch = again(plain) if moved or any(not region.reason for region in fused) else split
     saved_by_torch, memory_by_torch = find(by_torch), memory(by_torch, config)
     policy = config.policy(situation.training)
-    chosen, spared = decide(split, policy, config)
-    fitted = None
+    made, taken = make(split, policy, config, saved_by_torch), config
+    if any(isinstance(s, Replayed) for s in made.spared):
+        other = make(again(), policy, without := replace(config, replay=0), saved_by_torch)
+        if other.peak(config) < WORTH * made.peak(config):
+            made, taken = other, without
+    fitted: Fitted | None = None
+    ways: Mapping[str, Choice] = {}
     if policy.exact is None and config.pinned is not None:
-        made = set(split.keys.known.values())
-        ways = pinned(config.pinned.graphs, chosen, made, parameters_of(split), situation.training, policy)
-        chosen = chosen.taking(ways, policy.min_bytes)
+        keys = set(made.split.keys.known.values())
+        shapes = parameters_of(made.split)
+        ways = pinned(config.pinned.graphs, made.plan, keys, shapes, situation.training, policy)
     elif policy.exact is None and (config.bounded or config.measured):
-        trial = cut(_copied(joint), inputs, num_fwd_outputs, situation, **options)
-        rules, _ = decide(trial, policy, config)
-        write(trial, rules, saved_by_torch)
-        fitted = fit(trial, rules, policy, config, memory_by_torch.peak)
-        chosen = chosen.taking(fitted.ways, policy.min_bytes)
-    if only is not None:
-        chosen = chosen.rounding_only(only)
-    reached = reach(split)
-    write(split, chosen, saved_by_torch)
+        fitted = fit(made.split, made.plan, policy, config, memory_by_torch.peak)
+        ways = fitted.ways
+    if ways or only is not None:
+        made = make(again(), policy, taken, saved_by_torch, ways, only)
 
     report = record(
-        split, chosen, saved_by_torch, saved_fused, fused, spared, reached, memory_by_torch, config, situation
-    )
+        made.split, made.plan, saved_by_torch, made.saved, fused, made.spared, made.reached, memory_by_torch, config,
+        situation,
+    )  # fmt: skip
     if fitted is not None:
         report = replace(report, outlook=outlook(fitted))
     _report_cache.attach(joint, asdict(report))
     _announce(report)
-    return split.forward, split.backward
+    return made.split.forward, made.split.backward
+
+
+@dataclass(frozen=True)
+class Made:
+    """Graphs that are written, the plan they were written by, and what the report says of them.
+
+    saved: what was saved of the fused graph before anything was decided.
+    """
+
+    split: Split
+    saved: Sequence[SavedActivation]
+    plan: Plan
+    spared: list[Spared]
+    reached: Mapping[fx.Node, tuple[int, ...]]
+
+    def peak(self, config: Config) -> int:
+        """The peak of a step in bytes, as it is predicted."""
+        nodes = len(self.split.forward.graph.nodes) + len(self.split.backward.graph.nodes)
+        return max(live_bytes(lifetimes(self.split, config.inner == "inductor"), nodes), default=0)
+
+
+def make(
+    split: Split,
+    policy: Policy,
+    config: Config,
+    saved_by_torch: Sequence[SavedActivation],
+    ways: Mapping[str, Choice] = MappingProxyType({}),
+    only: frozenset[str] | None = None,
+) -> Made:
+    """Decides how each saved activation is kept, and writes both graphs so.
+
+    Args:
+        ways: what is kept otherwise than the rules say, by the activation's key.
+        only: as in `partition`.
+    """
+    saved = find(split)
+    chosen, spared = decide(split, policy, config)
+    if ways:
+        chosen = chosen.taking(ways, policy.min_bytes)
+    if only is not None:
+        chosen = chosen.rounding_only(only)
+    reached = reach(split)
+    write(split, chosen, saved_by_torch)
+    return Made(split, saved, chosen, spared, reached)
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:
