@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from actcompile import api, compress, explain
-from actcompile.tracing.capture import SETTING, capture_sizes
+from actcompile.tracing.capture import SIZES, whole_graphs
 from tests.helpers import EXACT, FAST, assert_close, gnn, graph, step
 
 
@@ -21,7 +21,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
-    assert not getattr(dynamo_config, SETTING)
+    assert not getattr(dynamo_config, SIZES)
     torch._dynamo.reset()
 
 
@@ -129,7 +129,7 @@ def test_another_thread_does_not_see_the_setting(monkeypatch):
     other, compile_graph = threading.Thread(target=lambda: plain(x)), api.compile_graph
 
     def watched(*arguments):
-        assert getattr(dynamo_config, SETTING)
+        assert getattr(dynamo_config, SIZES)
         other.start()
         other.join(timeout=1)
         return compile_graph(*arguments)
@@ -171,7 +171,7 @@ def test_what_a_compiler_cannot_do_with_such_sizes_is_done_without(monkeypatch):
 def test_other_errors_are_raised_at_once():
     calls = []
 
-    @capture_sizes
+    @whole_graphs
     def broken(gm, inputs):
         calls.append(gm)
         raise ZeroDivisionError("no such codec")
@@ -182,9 +182,9 @@ def test_other_errors_are_raised_at_once():
 
 
 def test_the_user_s_own_setting_stays():
-    with dynamo_config.patch({SETTING: True}):
+    with dynamo_config.patch({SIZES: True}):
         counter, compiled = counted(Selected())
         compress(Selected(), **EXACT)(torch.randn(20, 4, requires_grad=True))
-        assert getattr(dynamo_config, SETTING)
+        assert getattr(dynamo_config, SIZES)
         compiled(torch.randn(20, 4))
         assert counter.frame_count == 1
