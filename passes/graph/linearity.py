@@ -89,7 +89,7 @@ _TABLE: tuple[tuple[str, str, dict[str, Container[Any]]], ...] = (
     ("aten: embedding", "weight", {}),
     ("aten: cat stack", "tensors", {}),
     # Complex numbers are pairs of real ones; what multiplies them sums up products of their parts.
-    ("aten: view_as_real view_as_complex _conj _conj_physical real imag", "self", {}),
+    ("aten: view_as_real view_as_complex _conj", "self", {}),
     ("aten: complex", "real + imag", {}),
     ("aten: _fft_r2c _fft_c2r _fft_c2c", "self", {}),
     ("aten: copy", "src + 0 * self", {}),

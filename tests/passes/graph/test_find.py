@@ -48,7 +48,10 @@ W, V = torch.randn(16, 32, requires_grad=True), torch.randn(32, 4, requires_grad
         (lambda x, w, v: (x @ w).exp(), "the model returns it, or a view of it"),
         (lambda x, w, v: (x @ w).exp().t(), "the model returns it, or a view of it"),
         (lambda x, w, v: (x @ w).double().sin() @ v.double(), "dtype torch.float64 is not handled"),
-        (lambda x, w, v: (torch.fft.fft(x @ w) ** 2).abs().sum(), "complex numbers are not handled"),
+        (
+            lambda x, w, v: (torch.fft.fft(x.double() @ w.double()) ** 2).abs().sum(),
+            "dtype torch.complex128 is not handled",
+        ),
     ],
 )
 def test_refusal(function, reason):
