@@ -143,9 +143,10 @@ def _chosen(
 
 
 def _cost(activation: SavedActivation, cone: Iterable[fx.Node]) -> float:
-    """The work that computing it again takes; none where that is no more than decoding it, as a take of inputs is."""
-    again = sum(map(work, cone))
-    return again if again > activation.nbytes else 0.0
+    """The work that computing it again takes; none for rows of inputs, which are taken as fast as they are decoded."""
+    again = {node: work(node) for node in cone}
+    is_taken = all(node.target in TAKES for node, bytes_moved in again.items() if bytes_moved)
+    return 0.0 if is_taken and sum(again.values()) <= activation.nbytes else sum(again.values())
 
 
 def work(node: fx.Node) -> float:
