@@ -103,7 +103,7 @@ def find(split: Split) -> list[SavedActivation]:
         if refusal is None and not all(split.knows(size) for size in node.meta["val"].shape):
             refusal = "its size depends on data and can't be handed on"
         if refusal is None and _uncast(node) in split.parameters:
-            refusal = "a parameter in another dtype: noise in it would reach every row"
+            refusal = "a parameter or buffer, copied or in another dtype: noise in it would reach every row"
         bound = _bound(placeholder)
         found.append(
             SavedActivation(

@@ -62,7 +62,7 @@ def test_a_cast_of_a_parameter_is_refused_and_one_of_the_data_is_not():
     model = Mlp(dropout=0.0)
     with torch.autocast("cpu", torch.bfloat16):
         made = found(model, X)
-    refused = [a for a in made if a.refusal and "parameter in another dtype" in a.refusal]
+    refused = [a for a in made if a.refusal and "in another dtype" in a.refusal]
     assert [tuple(sorted(a.value.shape)) for a in refused] == [(4, 32)]
     assert any(a.value.shape == X.shape and a.refusal is None for a in made)
 
