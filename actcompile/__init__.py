@@ -20,12 +20,14 @@ from .checking.report import CheckReport
 from .config import Config, bits, cast, exact, iexact, keep, lossless, low_rank, prune, sample_rows, smallest
 from .exchange import compress_gradients
 from .report import Report
+from .report.saved_plan import SavedPlan
 
 __all__ = [
     "CheckReport",
     "Config",
     "Estimate",
     "Report",
+    "SavedPlan",
     "backend",
     "bits",
     "calibrate",

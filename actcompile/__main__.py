@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--layers", type=_positive, default=3, help="layers of --model")
     command.add_argument("--html", type=Path, metavar="FILE", help="write tables, a drawing of the graphs, their code")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the report as data")
+    command.add_argument("--save-plan", type=Path, metavar="FILE", help="write how each activation is kept, for --plan")
     command.add_argument("--code", action="store_true", help="print both rewritten graphs, too")
     _add_data(command)
     _add_config(command)
@@ -160,13 +161,16 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-gradient-error", type=float, metavar="SHARE", help="of rounding, such as 0.05")
     group.add_argument("--max-slowdown", type=float, metavar="TIMES", help="of a step, such as 1.05")
+    group.add_argument(
+        "--plan", type=Path, metavar="FILE", help="the plan that --save-plan wrote, instead of a new one"
+    )
     group.add_argument("--inner", choices=["inductor", "aot_eager"])
 
 
 def _config(given: argparse.Namespace) -> Config:
     names = [
         *("bits", "nonlinear_bits", "block", "levels", "metadata", "min_bytes", "replay", "rules", "inner"),
-        *("budget", "max_gradient_error", "max_slowdown"),
+        *("budget", "max_gradient_error", "max_slowdown", "plan"),
     ]
     fields: dict[str, Any] = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     for name in ("bits", "nonlinear_bits"):
@@ -206,7 +210,12 @@ def _explain(given: argparse.Namespace) -> None:
     Console().print(report)
     if given.code:
         print(report.code())
-    for path, write in ((given.html, report.to_html), (given.json, report.to_json)):
+    writing: list[tuple[Path | None, Callable[[Path], object]]] = [
+        (given.html, report.to_html),
+        (given.json, report.to_json),
+        (given.save_plan, lambda path: report.plan().save(path)),
+    ]
+    for path, write in writing:
         if path:
             write(path)
             print(f"written to {path}")

@@ -20,10 +20,12 @@ from actcompile.passes.edges.by_node import by_node
 from actcompile.passes.edges.edges import Fused, edges
 from actcompile.passes.graph import _torch  # noqa: F401  registers the lowerings of casts
 from actcompile.passes.graph.bias import Dependence, bias
-from actcompile.passes.graph.find import SavedActivation, find, module_path
+from actcompile.passes.graph.find import SavedActivation, find
+from actcompile.passes.graph.origin import module_path
 from actcompile.passes.graph.reach import reach
 from actcompile.passes.graph.sizes import sizes
 from actcompile.passes.graph.split import Split
+from actcompile.passes.plan.pins import parameters_of, pinned
 from actcompile.passes.plan.plan import Plan, Policy, plan
 from actcompile.passes.spare.apart import apart
 from actcompile.passes.spare.commute import commute
@@ -38,6 +40,7 @@ from actcompile.passes.write.accumulate import accumulate
 from actcompile.passes.write.late import late
 from actcompile.passes.write.prepare import prepare
 from actcompile.passes.write.rewrite import rewrite
+from actcompile.passes.write.scale import scale
 from actcompile.passes.write.tile import tile
 from actcompile.passes.write.verify import verify
 
@@ -83,7 +86,11 @@ def partition(
     policy = config.policy(situation.training)
     chosen, spared = decide(split, policy, config)
     fitted = None
-    if policy.exact is None and (config.bounded or config.measured):
+    if policy.exact is None and config.pinned is not None:
+        made = set(split.keys.known.values())
+        ways = pinned(config.pinned.graphs, chosen, made, parameters_of(split), situation.training, policy)
+        chosen = chosen.taking(ways, policy.min_bytes)
+    elif policy.exact is None and (config.bounded or config.measured):
         trial = cut(_copied(joint), inputs, num_fwd_outputs, situation, **options)
         rules, _ = decide(trial, policy, config)
         write(trial, rules, saved_by_torch)
@@ -123,7 +130,7 @@ def fuse(
     if not config.fuse:
         return [], False
     moved = by_node(joint.graph)
-    return edges(joint.graph, num_fwd_outputs, parameters_of(joint, options)), moved
+    return edges(joint.graph, num_fwd_outputs, names_of_parameters(joint, options)), moved
 
 
 def cut(
@@ -137,11 +144,11 @@ def cut(
     forward, backward = _torch.min_cut_rematerialization_partition(
         joint, inputs, num_fwd_outputs=num_fwd_outputs, **options
     )
-    parameters = parameters_of(joint, options)
+    parameters = names_of_parameters(joint, options)
     return Split(forward, backward, num_fwd_outputs, parameters, situation.crossing, situation.handed_on)
 
 
-def parameters_of(joint: fx.GraphModule, options: Mapping[str, Any]) -> list[str]:
+def names_of_parameters(joint: fx.GraphModule, options: Mapping[str, Any]) -> list[str]:
     """The names of the inputs that live from step to step: parameters and buffers."""
     names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
     return [names[i] for i in options.get("static_lifetime_input_indices") or ()]
@@ -191,6 +198,7 @@ def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -
     tile(split.backward.graph)
     late(split)
     for module in (split.forward, split.backward):
+        scale(module.graph)
         accumulate(module.graph)
         module.recompile()
 

@@ -4,12 +4,16 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from actcompile.kernels.blocks.format import BITS, LEVELS, Levels
 from actcompile.passes.plan.plan import Policy
+
+from .report.data import Settings
+from .report.saved_plan import SavedPlan
 
 Inner = Literal["inductor", "aot_eager"]
 METADATA = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,6 +79,11 @@ def _method(name: str, ratio: int) -> Rule:
 
 
 METHODS = ("prune", "low_rank", "sample_rows", "cast")
+SETTINGS = (  # what decides which activations there are and may be rounded: part of a saved plan
+    *("bits", "nonlinear_bits", "block", "levels", "metadata", "min_bytes", "rules", "when", "rows_per_block"),
+    *("projection", "method", "rebuild", "replay", "fast_dropout", "standardise", "fuse"),
+)
+CHOOSING = ("fitted", "budget", "max_gradient_error", "max_slowdown", "measured")  # what a saved plan stands for
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,11 @@ class Config:
             fastest plan is taken, else the smallest. `measure` tells noise from a run; else it is roughly guessed.
         max_slowdown: at most so many times the seconds of a step that encodes nothing, such as 1.05.
         measured: noise by activation and format, as `measure` returns it.
+        plan: a plan that was made before, as `explain(...).plan()` returns it, or the file that it was saved in: every
+            float that may be rounded is kept in exactly the way that the plan has for it, without looking for a better
+            one. The plan also has the settings that it was made with, from `bits` to `fuse` and `rules`, and they hold:
+            giving other ones beside it is an error, and so are bounds. Only `inner` is free. A model whose activations
+            are not those of the plan is an error when it is compiled, never compressed by the rules instead.
         fuse: message passing runs as ops that hold no tensor of [edges, features]; on CUDA all but sums of rows in
             float32 and float64, for which Inductor holds none either.
         inner: the compiler of the rewritten graphs: "inductor", or "aot_eager", which runs them as they are.
@@ -145,8 +159,11 @@ class Config:
     max_gradient_error: float | None = None
     max_slowdown: float | None = None
     measured: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = ()
+    plan: SavedPlan | str | Path | None = None
 
     def __post_init__(self) -> None:
+        if self.plan is not None:
+            self._pin()
         _one_of("bits", self.bits, (*BITS, None))
         _one_of("nonlinear_bits", self.nonlinear_bits, (*BITS, "auto", None))
         _one_of("levels", self.levels, ("auto", *LEVELS))
@@ -205,7 +222,46 @@ class Config:
             if preset not in PRESETS:
                 raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
             config = PRESETS[preset]()
-        return replace(config or cls(), **options)
+        made = replace(config or cls(), **options)
+        for name in SETTINGS if made.plan is not None else ():
+            if name in options and _plain(options[name]) != _plain(getattr(made, name)):  # to a default, even so
+                raise _decided(name, options[name], getattr(made, name))
+        return made
+
+    def _pin(self) -> None:
+        """Takes over the settings of a saved plan.
+
+        Raises:
+            TypeError, ValueError: it is none, or a field that the plan decides was given another value.
+        """
+        if not isinstance(self.plan, (SavedPlan, str, Path)):
+            raise TypeError(f"plan must be None, a SavedPlan or the path of one, got {self.plan!r}")
+        plan = self.plan if isinstance(self.plan, SavedPlan) else SavedPlan.load(self.plan)
+        default = {f.name: f.default for f in fields(self)}
+        for name in CHOOSING:
+            if getattr(self, name) != default[name]:
+                raise ValueError(
+                    f"{name}: a plan decides instead; leave {name} out, or leave plan out to make a new one"
+                )
+        for name, value in plan.settings:
+            if name not in SETTINGS:
+                raise ValueError(f"plan: this actcompile knows no setting {name!r}; known are {', '.join(SETTINGS)}")
+            given = _plain(getattr(self, name))
+            if given != value and given != default[name]:
+                raise _decided(name, given, value)
+            object.__setattr__(self, name, _unplain(name, value))
+        object.__setattr__(self, "plan", plan)
+
+    @property
+    def pinned(self) -> SavedPlan | None:
+        """The saved plan that decides, if there is one."""
+        assert self.plan is None or isinstance(self.plan, SavedPlan)
+        return self.plan
+
+    @property
+    def settings(self) -> Settings:
+        """The fields that a saved plan has, as plain data."""
+        return tuple((name, _plain(getattr(self, name))) for name in SETTINGS)
 
     @property
     def bounded(self) -> bool:
@@ -325,6 +381,47 @@ def parse_budget(budget: str | int | float | None) -> tuple[int | None, float | 
     if isinstance(budget, float) and budget <= 1:
         return None, budget
     return int(budget), None
+
+
+def _decided(name: str, asked: object, value: object) -> ValueError:
+    return ValueError(
+        f"{name}: {asked!r} was asked for, but the plan was made with {value!r} and decides; leave {name} out, or "
+        "leave plan out to make a new one"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON has it, with tuples for lists."""
+    if isinstance(value, Rule):
+        return value.name, value.value
+    if isinstance(value, Mapping):
+        value = value.items()
+    return tuple(map(_plain, value)) if isinstance(value, (tuple, type({}.items()))) else value
+
+
+def _unplain(name: str, value: Any) -> Any:
+    """The inverse, of the field `name`."""
+    if name == "method" and value is not None:
+        return _rule(value)
+    if name != "rules":
+        return value
+    if not isinstance(value, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        raise ValueError(f"plan: rules must be pairs of a pattern and a rule, got {value!r}")
+    return tuple((pattern, _rule(rule)) for pattern, rule in value)
+
+
+def _rule(value: Any) -> Rule:
+    name, parameter = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    makers: dict[str, Callable[[Any], Rule]] = {
+        "keep": lambda _: keep(),
+        "lossless": lambda _: lossless(),
+        "bits": bits,
+        "cast": cast,
+    }
+    makers |= {"prune": prune, "low_rank": low_rank, "sample_rows": sample_rows}
+    if name not in makers:
+        raise ValueError(f"plan: there is no rule {name!r}; known are {', '.join(makers)}")
+    return makers[name](parameter)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -204,15 +204,24 @@ def _rgcn(size: Size, dropout: float, checkpointed: bool) -> Problem:
 
 
 @_model(
-    "sampled", "SAGEConv, 2 layers of 256, BatchNorm, dropout 0.5, batches of NeighborLoader of changing sizes", 0.5
+    "sampled",
+    "SAGEConv, 3 layers of 256, BatchNorm, dropout 0.5, batches of NeighborLoader: 15, 10, 5 neighbours of 1,024 nodes",
+    dropout=0.5,
 )
 def _sampled(size: Size, dropout: float, checkpointed: bool) -> Problem:
     x, edge_index, y = _graph(size)
     model = models.build(
-        "sage", size.features, size.classes, hidden=size.hidden, layers=2, dropout=dropout, checkpointed=checkpointed
+        "sage",
+        size.features,
+        size.classes,
+        hidden=size.hidden,
+        layers=3,
+        dropout=dropout,
+        encoder=False,
+        checkpointed=checkpointed,
     )
     data = Data(x=x, edge_index=edge_index, y=y)
-    loader = neighbor_loader(data, [10, 10], batch_size=min(512, size.nodes // 10), shuffle=True)
+    loader = neighbor_loader(data, [15, 10, 5], batch_size=min(1024, size.nodes // 10), shuffle=True)
     sampled = [batch for batch, _ in zip(loader, range(BATCHES), strict=False)]
     return Problem(model, [Batch((b.x, b.edge_index), b.y[: b.batch_size], _loss_of_seeds) for b in sampled])
 

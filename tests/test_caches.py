@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import actcompile
 from actcompile import Config, bits, keep
@@ -41,7 +42,7 @@ model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.L
 if options is None:
     run = torch.compile(model)
 else:
-    run = actcompile.compress(model, min_bytes=0, **options)
+    run = actcompile.compress(model, **{"min_bytes": 0, **options})
 x = torch.randn(256, 64)
 model.train(training)
 torch.manual_seed(1)
@@ -108,6 +109,20 @@ def test_a_warm_cache_gives_a_mode_its_own_graph(process):
         again = process({"bits": 8, "training": training})
         assert again["hits"] == 1
         assert {**again, "hits": 0, "partitioned": 1} == first
+
+
+@pytest.mark.slow
+def test_a_warm_cache_gives_a_plan_its_own_graph_and_report(process, tmp_path):
+    free, paths = process({"bits": 4}), [str(tmp_path / name) for name in ("four.json", "two.json")]
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    for number, path in zip((4, 2), paths, strict=True):
+        options = {"min_bytes": 0, "bits": number}
+        actcompile.explain(model, torch.randn(256, 64), options=options).plan().save(path)
+    first, second = (process({"plan": path}) for path in paths)
+    assert first["hits"] == second["hits"] == 0 and first["bytes"] == free["bytes"] > second["bytes"]
+    assert first["gradient"] == free["gradient"] != second["gradient"]
+    again = process({"plan": paths[0]})
+    assert again["hits"] == 1 and {**again, "hits": 0, "partitioned": 1} == first
 
 
 CONFIGS = [Config(), Config(bits=4), Config(rules={"a": keep()}), Config(rules={"a": bits(8)}), Config(min_bytes=0)]

@@ -234,3 +234,17 @@ for command in (["demo"], ["explain", "--model", "sage"]):
     ran = _python("-c", program)
     assert ran.stdout.splitlines() == ["1", "1"]
     assert ran.stderr.count("pip install 'actcompile[demo]'") == 2
+
+
+def test_a_plan_is_saved_and_taken_again(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target, path = f"{model_file}:make", tmp_path / "plan.json"
+    assert main(["explain", target, "--inner", "aot_eager", "--bits", "4", "--save-plan", str(path)]) == 0
+    first = capsys.readouterr().out
+    assert json.loads(path.read_text())["settings"]["bits"] == 4
+    assert main(["explain", target, "--inner", "aot_eager", "--plan", str(path)]) == 0
+    (saved,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("saved for backward"))
+    assert saved in first
+    assert main(["explain", target, "--plan", str(path), "--bits", "8"]) == 1
+    assert "bits: 8 was asked for, but the plan was made with 4" in capsys.readouterr().err
+    assert main(["explain", target, "--plan", str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def calibrate(model: nn.Module, *inputs: Any, steps: int = 3, config: Config | N
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: wrap the function in one")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
-    made = Config.make(config or _configs.get(model), **options)
+    made = replace(Config.make(config or _configs.get(model), **options), plan=None)  # it is for a new plan
     histograms: dict[str, dict[int, Histogram]] = {}
 
     def look(choice: Choice, value: Tensor) -> None:

@@ -208,7 +208,7 @@ class _Check:
             suspects += found
             for rule in (bits(8), lossless()) if found else ():
                 rules |= {suspect.module: rule for suspect in found}
-                config = replace(self.config, rules=tuple((rules | self.other_rules(rules)).items()))
+                config = replace(self.config, plan=None, rules=tuple((rules | self.other_rules(rules)).items()))
                 errors, graphs = self.draws(config, names=wrong)
                 left = self.judge(errors, graphs)
                 remedy = Remedy(

@@ -83,7 +83,7 @@ def measure(
     for name, number in (("steps", steps), ("probes", probes)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
-    made = Config.make(config or _configs.get(model), **options)
+    made = replace(Config.make(config or _configs.get(model), **options), plan=None)  # it is for a new plan
     found = noises(model, inputs, loss, made, steps, probes)
     tables = {key: {codec_name(codec): noise for codec, noise in n.by_codec.items()} for key, n in found.items()}
     return replace(made, measured=tuple((key, tuple(sorted(table.items()))) for key, table in sorted(tables.items())))

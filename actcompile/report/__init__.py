@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from actcompile.passes.plan.pins import Pin, PinnedGraph
+
 from .data import EdgeRow, GraphNode, GraphReport, ReportData, Row
 from .html import html_page, svg_drawing
+from .saved_plan import SavedPlan
 from .table import render, renderable
 
 __all__ = ["EdgeRow", "GraphNode", "GraphReport", "Report", "Row"]
@@ -25,6 +28,31 @@ class Report(ReportData):
     def from_json(text: str) -> "Report":
         data = json.loads(text)
         return Report(tuple(GraphReport.from_dict(g) for g in data["graphs"]), tuple(data["notes"]))
+
+    def plan(self) -> SavedPlan:
+        """How each activation is kept that may be rounded, to be saved, compared, and taken again: `Config.plan`.
+
+        Of a graph that was compiled several times, for other sizes, the last one counts.
+
+        Raises:
+            ValueError: the report has no graph, or graphs of different configs.
+        """
+        if not self.graphs:
+            raise ValueError(
+                "no graph was compiled with a backward pass, so that there is no plan: pass inputs to explain, or "
+                "train for a step first"
+            )
+        if len({graph.settings for graph in self.graphs}) > 1:
+            raise ValueError("the report has graphs of several configs: explain each compressed module by itself")
+        made: dict[Any, PinnedGraph] = {}
+        for graph in self.graphs:
+            pins = [
+                Pin(r.key, r.dtype, len(r.shape), r.way, r.averaged_over, r.bytes_after) for r in graph.rows if r.way
+            ]
+            if pins:
+                found = PinnedGraph(graph.training, graph.parameters, tuple(sorted(pins, key=lambda p: p.key)))
+                made[found.training, found.parameters, frozenset(found.keys)] = found
+        return SavedPlan(self.graphs[0].settings, tuple(made.values()))
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The report as one self-contained HTML page: table, drawing of both graphs (SVG), and their code."""

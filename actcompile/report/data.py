@@ -9,8 +9,11 @@ from itertools import accumulate
 from typing import Any
 
 from actcompile.passes.graph import _torch
+from actcompile.passes.plan.pins import Way
 
 from ..tracing.call import Handed
+
+Settings = tuple[tuple[str, Any], ...]  # fields of a config, as plain data
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Row:
         codec, reason: how it is kept, and why.
         averaged_over: the bias is the rounding's variance over so many elements, 1 for element by element; 0: none.
         reaches: positions of those of the graph's inputs whose gradients are computed from it.
+        key: what names it in every process and at all sizes, such as `convs.0/add:1`.
+        way: its codec as plain data, where it may be rounded; for a saved plan.
         formula_before, formula_after: these bytes in terms of the shapes' symbols, where they depend on such.
     """
 
@@ -44,12 +49,8 @@ class Row:
     reason: str
     averaged_over: int = 0
     reaches: tuple[int, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """What names the activation: the module's path and the node's name, such as `convs.0/add`."""
-        return f"{self.module}/{self.name}"
-
+    key: str = ""
+    way: Way = ()
     formula_before: str = ""
     formula_after: str = ""
 
@@ -92,6 +93,11 @@ class EdgeRow:
         """The same row with the bytes that it has at these sizes."""
         nbytes, held = _at(self.formula, self.nbytes, sizes), _at(self.formula_held, self.held, sizes)
         return replace(self, nbytes=nbytes, held=held)
+
+
+def tupled(value: Any) -> Any:
+    """Lists, also inside of lists, as tuples: what JSON makes of tuples, undone."""
+    return tuple(map(tupled, value)) if isinstance(value, list | tuple) else value
 
 
 def _at(formula: str, otherwise: int, sizes: Mapping[str, int]) -> int:
@@ -222,6 +228,7 @@ class GraphReport:
         remembered: bytes of these groupings now, after a run; reports of the same graph are equal whatever it is.
         memory_before, memory_after: what is alive when in a step, as torch alone has it, and now.
         outlook: what the planner predicts, where bounds were given or noise was measured.
+        settings: those fields of the config that a saved plan has; `parameters`: as in `PinnedGraph`.
     """
 
     rows: tuple[Row, ...]
@@ -243,6 +250,8 @@ class GraphReport:
     memory_before: Memory = Memory()
     memory_after: Memory = Memory()
     outlook: Outlook | None = None
+    settings: Settings = ()
+    parameters: tuple[str, ...] = ()
 
     def at(self, sizes: Mapping[str, int]) -> "GraphReport":
         """The same report with the bytes at other sizes, those of a run; what is not among them stays as it was."""
@@ -276,7 +285,10 @@ class GraphReport:
     def from_dict(data: dict[str, Any]) -> "GraphReport":
         """The inverse of `dataclasses.asdict`, also after a round trip through JSON."""
         tuples = ("shape", "uses", "reaches")
-        rows = tuple(Row(**{**r, **{key: tuple(r[key]) for key in tuples}}) for r in data["rows"])
+        rows = tuple(
+            Row(**{**r, **{key: tuple(r[key]) for key in tuples}, "way": tupled(r.get("way", ()))})
+            for r in data["rows"]
+        )
         nodes = {
             key: tuple(GraphNode(**{**n, "inputs": tuple(n["inputs"])}) for n in data[key])
             for key in ("forward_nodes", "backward_nodes")
@@ -286,7 +298,8 @@ class GraphReport:
         names = {key: tuple(data[key]) for key in ("bounds", "handed_on", "grouped")}
         handed = {key: tuple((position, kept) for position, kept in data[key]) for key in ("taken", "given")}
         outlook = data["outlook"] and Outlook.from_dict(data["outlook"])
-        made = {"rows": rows, "edges": edges, "outlook": outlook}
+        made = {"rows": rows, "edges": edges, "outlook": outlook, "settings": tupled(data.get("settings", ()))}
+        made["parameters"] = tuple(data.get("parameters", ()))
         return GraphReport(**{**data, **made, **memory, **nodes, **names, **handed})
 
 

@@ -13,10 +13,12 @@ from actcompile.passes.codecs.codecs import EXACT, UNBIASED, Keep, Recompute
 from actcompile.passes.edges.edges import Fused, inputs_grouped
 from actcompile.passes.edges.lists import Counted, lists, maker_of
 from actcompile.passes.graph import _torch
-from actcompile.passes.graph.find import SavedActivation, maker, module_path, own_nbytes, source_line
+from actcompile.passes.graph.find import SavedActivation, maker, own_nbytes
+from actcompile.passes.graph.origin import module_path, source_line
 from actcompile.passes.graph.split import Split, is_size, is_tensor, root
 from actcompile.passes.plan.fit import Fitted
 from actcompile.passes.plan.memory import lifetimes
+from actcompile.passes.plan.pins import parameters_of, way_of
 from actcompile.passes.plan.plan import Choice, Plan, is_constant
 from actcompile.passes.spare.commute import Commuted
 from actcompile.passes.spare.dropout import Redrawn, is_of_dropout, is_seed
@@ -93,6 +95,8 @@ def record(
         grouped=tuple(p for n in inputs_grouped(split) if (p := _torch.input_position(n)) is not None),
         memory_before=memory_before,
         memory_after=_memory(split, axes, config, encoded),
+        settings=config.settings,
+        parameters=parameters_of(split),
     )
 
 
@@ -188,6 +192,8 @@ def _row(choice: Choice, before: SavedActivation | None, added: str, reaches: tu
         averaged_over=rounded.averaged_over if rounded else 0,
         reason=f"{choice.reason}; {added}" if added else choice.reason,
         reaches=reaches,
+        key=a.key,
+        way=way_of(choice.codec) if not isinstance(choice.by_rules, EXACT) else (),
     )
 
 
@@ -227,6 +233,7 @@ def _dropped(a: SavedActivation, spared: Spared | None, known: bool) -> Row:
         through="",
         reason=reason,
         formula_before=_formula(a),
+        key=a.key,
     )
 
 

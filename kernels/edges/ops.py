@@ -106,13 +106,14 @@ def _(matrix, weight, take, take_row, by, by_row, nodes, grouped):
 
 
 @lru_cache
-def aggregation(dtype: str, weight: str | None) -> str:
-    """The program of `aggregate`."""
+def aggregation(dtype: str, weight: str | None = None, scale: bool = False) -> str:
+    """The program of `aggregate`; with `scale`, rows are read times one number for each of them, a second operand."""
     row = Operand("take", 0, "c", dtype)
-    if weight is None:
+    if weight is None and not scale:
         return Program((row,), (), (Output("sum", "o0", "c", dtype),)).dump()
+    factor = Operand("take", 0, "", dtype) if weight is None else Operand("edge", -1, "", weight)
     times = Step("mul", ("o0", "o1"), "c")
-    return Program((row, Operand("edge", -1, "", weight)), (times,), (Output("sum", "v0", "c", dtype),)).dump()
+    return Program((row, factor), (times,), (Output("sum", "v0", "c", dtype),)).dump()
 
 
 @torch.library.custom_op("actcompile::group_edges", mutates_args=())

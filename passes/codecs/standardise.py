@@ -101,10 +101,10 @@ def columns_alike(x: torch.Tensor) -> torch.Tensor:
 
 
 def _from_linear_layer(node: fx.Node) -> bool:
-    """Whether a node is a matrix product, viewed or cast, perhaps with a bias."""
+    """Whether a node is a matrix product, viewed, cast or copied, perhaps with a bias."""
     while isinstance(node.args[0] if node.args else None, fx.Node):
         added = node.target is aten.add.Tensor and _by_column(node.args[1], node)
-        if not (added or is_view(node) or node.target is CAST):
+        if not (added or is_view(node) or node.target in (CAST, aten.clone.default)):
             break
         node = node.args[0]  # type: ignore[assignment]
     return node.target in PRODUCTS

@@ -18,7 +18,8 @@ from actcompile.kernels.edges.program import REDUCTIONS, parse
 
 from ..graph import _torch
 from ..graph.axes import Axes, Link, Place
-from ..graph.find import maker, op_name
+from ..graph.find import maker
+from ..graph.origin import op_name
 from ..graph.split import Split, is_tensor, is_view, readers_of
 from .takes import PRODUCTS, Index, index_of, reduction_of, take_of
 

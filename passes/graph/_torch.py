@@ -522,8 +522,8 @@ def fake_values(graph: torch.fx.Graph) -> Iterator[Any]:
 
     No guards are made: asked whether a result is contiguous, fake tensors guard on sizes such as a number of groups.
     """
-    values = [v for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
-    with _mode(values) as mode, mode.shape_env.suppress_guards() if mode.shape_env else nullcontext():
+    value = next((v for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)), None)
+    with _mode([value]) as mode, mode.shape_env.suppress_guards() if mode.shape_env else nullcontext():
         yield mode
 
 

@@ -26,6 +26,7 @@ row together, so "unbiased" here is more: no product of the source with itself a
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -100,6 +101,10 @@ class Form:
     def unknown(self, node: fx.Node) -> Form:
         """This form, after `node` may have done anything to single elements."""
         return replace(self, shares=self.shares | {ELEMENT}).biased(1.0, node)
+
+    def without_bias(self) -> Form:
+        """What decides what an op makes of this form, and no more: equal for most sources of a deep network."""
+        return Form(self.shares, relative=self.relative)
 
 
 Forms = dict[fx.Node, Form]
@@ -177,24 +182,25 @@ class _Propagation:
         return {s: _dependence(forms.get(s)) for s in self.sources}
 
     def call(self, node: fx.Node) -> Forms | list[Forms]:
-        everything = self.of((node.args, node.kwargs))
-        if not everything:
+        if not any(self.values.get(n) for n in node.all_input_nodes):
             return {}
+        everything = functools.partial(self.of, (node.args, node.kwargs))
         if BODY in node.meta:
             return [self.inside(node, node.meta[BODY])]
         if PARTIAL in node.meta:
-            return everything
+            return everything()
         if node.target is operator.getitem:
             whole, index = node.args
             parts = self.values.get(whole) if isinstance(whole, fx.Node) else None
             if isinstance(parts, list) and isinstance(index, int):
                 return parts[index]
-            return everything if isinstance(whole, fx.Node) and not self.of(index) else self.unknown(node, everything)
+            alone = isinstance(whole, fx.Node) and not self.of(index)
+            return everything() if alone else self.unknown(node, everything())
         if str(getattr(node.target, "overloadpacket", "")) in SPREADS:
-            return self.spread(node, everything)
+            return self.spread(node, everything())
         found = None if _has_effect(node) else rule_for(node)
         if "val" not in node.meta or (found is None and not _is_pointwise(node)):
-            return self.unknown(node, everything)
+            return self.unknown(node, everything())
         value = node.meta["val"]
         if found is None:
             given = {str(i): a for i, a in enumerate((*node.args, *node.kwargs.values()))}
@@ -222,23 +228,36 @@ class _Propagation:
         if not _is_float(value):
             return self.unknown(node, self.join(arguments.values()))
         result: Forms = {}
+        made: dict[Any, Form] = {}  # by what decides it
         for source in dict.fromkeys(s for forms in arguments.values() for s in forms):
             given = {name: forms[source] for name, forms in arguments.items() if source in forms}
-            form = _joined(
-                _moved(given[name], *place) for name in given for place in _places(output, name, bound, value)
-            )
-            for one, other in _meeting(output, given):
-                if other in output.named or _is_pointwise(node):
-                    over = min(a.meets(b) for a in given[one].shares for b in given[other].shares)
-                    single = any(share.summed == 1 for share in given[other].shares)
-                    steep = single and _is_steep(node, bound.get(other))
-                    form = form.biased((0.0 if given[other].relative else -1.0) if steep else over, node)
-                else:
-                    form = form.unknown(node)
-            if not (form.relative and _is_relative(node, output)):
-                form = replace(form, relative=False)
-            result[source] = _scaled(form, _factor(node))
+            key = tuple((name, form.shares, form.relative) for name, form in given.items())
+            if key not in made:
+                alike = {name: form.without_bias() for name, form in given.items()}
+                made[key] = self.form(node, output, bound, value, alike)
+            form, worst = made[key], _worst(given.values())
+            if worst.averaged_over <= form.averaged_over:
+                form = Form(form.shares, worst.averaged_over, worst.through, form.relative)
+            result[source] = form
         return result
+
+    @staticmethod
+    def form(
+        node: fx.Node, output: Polynomial, bound: Mapping[str, Any], value: Any, given: Mapping[str, Form]
+    ) -> Form:
+        """The form by one source of one output of a call, by the forms of its arguments, none of them biased."""
+        form = _joined(_moved(given[name], *place) for name in given for place in _places(output, name, bound, value))
+        for one, other in _meeting(output, given):
+            if other in output.named or _is_pointwise(node):
+                over = min(a.meets(b) for a in given[one].shares for b in given[other].shares)
+                single = any(share.summed == 1 for share in given[other].shares)
+                steep = single and _is_steep(node, bound.get(other))
+                form = form.biased((0.0 if given[other].relative else -1.0) if steep else over, node)
+            else:
+                form = form.unknown(node)
+        if not (form.relative and _is_relative(node, output)):
+            form = replace(form, relative=False)
+        return _scaled(form, _factor(node))
 
     @staticmethod
     def spread(node: fx.Node, forms: Forms) -> Forms:
@@ -249,6 +268,8 @@ class _Propagation:
 
     def of(self, argument: Any) -> Forms:
         """The forms of an argument: a node, or containers that hold nodes, all of them added up."""
+        if isinstance(argument, fx.Node) and not isinstance(forms := self.values.get(argument, {}), list):
+            return forms
         found: list[Forms] = []
 
         def collect(node: fx.Node) -> fx.Node:
@@ -279,9 +300,13 @@ def _joined(forms: Iterable[Form]) -> Form:
     forms = list(forms)
     if len(forms) == 1:
         return forms[0]
-    worst = min(forms, key=lambda f: (f.averaged_over, f.through is None, f.through))
+    worst = _worst(forms)
     shares = frozenset(share for form in forms for share in form.shares)
     return Form(shares, worst.averaged_over, worst.through, all(form.relative for form in forms))
+
+
+def _worst(forms: Iterable[Form]) -> Form:
+    return min(forms, key=lambda f: (f.averaged_over, f.through is None, f.through))
 
 
 def _meeting(output: Polynomial, given: Mapping[str, Form]) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,6 @@
 """`find`: every saved activation, where it comes from, what it weighs, and who uses it in backward."""
 
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +10,7 @@ from torch import fx
 from actcompile.kernels.edges.program import parse
 
 from . import _torch
+from .origin import module_path, op_name, source_line
 from .split import Split, is_input, is_size, is_tensor, is_view, root
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
@@ -45,6 +44,7 @@ class SavedActivation:
             where other saved values are views of it, too; zero where the memory is alive anyway.
         refusal: why it can't be compressed, or None.
         bound: for an integer index, a size that its absolute value never exceeds (may be symbolic), else None.
+        key: what names it in configs and saved plans, in every process and at all sizes, such as `convs.0/add`.
     """
 
     node: fx.Node
@@ -56,6 +56,7 @@ class SavedActivation:
     nbytes: int
     refusal: str | None
     bound: object = None
+    key: str = ""
 
     @property
     def value(self) -> torch.Tensor:
@@ -76,11 +77,6 @@ class SavedActivation:
         """Number of elements, at the sizes of the trace."""
         return numel_hint(self.value)
 
-    @property
-    def key(self) -> str:
-        """What names it in a config: the module's path and the node's name, such as `convs.0/add`."""
-        return f"{self.module}/{self.node.name}"
-
 
 def numel_hint(value: torch.Tensor) -> int:
     return math.prod(_torch.size_hint(size) for size in value.shape)
@@ -94,7 +90,8 @@ def own_nbytes(value: torch.Tensor) -> int:
 def find(split: Split) -> list[SavedActivation]:
     """Lists the saved values of `split` that are tensors, in the order of the forward's outputs."""
     shares = _shares(split)
-    found = []
+    found: list[SavedActivation] = []
+    taken: set[str] = set()
     for node, placeholder in split.pairs:
         if not is_tensor(node):
             continue
@@ -105,6 +102,10 @@ def find(split: Split) -> list[SavedActivation]:
         if refusal is None and _uncast(node) in split.parameters:
             refusal = "a parameter or buffer, copied or in another dtype: noise in it would reach every row"
         bound = _bound(placeholder)
+        key = split.keys.of(node)
+        if key in taken:  # of a clone and what it is a clone of
+            key = f"{key}, cloned"
+        taken.add(key)
         found.append(
             SavedActivation(
                 node=node,
@@ -116,6 +117,7 @@ def find(split: Split) -> list[SavedActivation]:
                 nbytes=shares[node],
                 refusal=refusal,
                 bound=bound if bound is None or split.knows(bound) else None,
+                key=key,
             )
         )
     return found
@@ -253,34 +255,3 @@ def _size(size: Any) -> Any:
 def maker(node: fx.Node) -> str:
     """What makes a value: an op, or who gives it to the graph."""
     return str(node.target) if node.op != "placeholder" else "input" if is_input(node) else "an earlier graph"
-
-
-def op_name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_function" else node.op
-
-
-def module_path(node: fx.Node) -> str:
-    """The path of the module that a node was traced in, as `named_modules` spells it; "" for the model itself."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return ""
-    path = list(stack.values())[-1][0]
-    path = re.sub(r"^(L\['[^']*'\]|L__self__|self)(\.__self__)?", "", path)  # __self__: of a bound method
-    path = re.sub(r"_(modules|parameters|buffers)\['([^']*)'\]", r"\2", path)
-    path = re.sub(r"\['([^']*)'\]|\[(\d+)\]", r".\1\2", path)
-    return path.replace("..", ".").strip(".")
-
-
-def source_line(node: fx.Node) -> str:
-    """The innermost line of user code that a node was traced from, as `file:line code`."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
-    for file, line, code in reversed(frames):
-        if not _is_library(file):
-            return f"{file.rsplit('/', 1)[-1]}:{line} {code.strip()}"
-    return ""
-
-
-def _is_library(file: str) -> bool:
-    parts: Sequence[str] = file.replace("\\", "/").split("/")
-    return "site-packages" in parts or "torch" in parts or any(p.startswith("torch_geometric.") for p in parts)

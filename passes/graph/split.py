@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from . import _torch
+from .origin import Keys
 
 CROSSING = "actcompile_crossing"  # marks an input that was handed on across a graph break
 
@@ -19,6 +20,7 @@ class Split:
     opaque values, symbolic sizes. The backward graph takes the symbolic sizes first, then the others in the same
     order, then tangents. `pairs` lists, in the forward's order, every saved node with its backward
     placeholder; passes change it through the methods below, and `finish` writes it back.
+    `keys` names the forward's nodes.
 
     Args:
         forward, backward: what torch's partitioner returned; both are changed in place.
@@ -38,6 +40,7 @@ class Split:
         handed_on: bool = False,
     ) -> None:
         self.forward, self.backward = forward, backward
+        self.keys = Keys(forward.graph)
         self.parameters = {n for n in forward.graph.find_nodes(op="placeholder") if n.name in parameters}
         self.output = forward.graph.output_node()
         returned = list(self.output.args[0])  # type: ignore[arg-type]
@@ -141,6 +144,8 @@ class Split:
 
     def knows(self, size: Any) -> bool:
         """Whether backward has, or forward can save, every symbol of a size."""
+        if isinstance(size, int):
+            return True
         expression = _torch.expression(size)
         saved = {_torch.expression(v) for _, p in self.pairs if isinstance(v := p.meta.get("val"), torch.SymInt)}
         return expression in saved or all(s in saved or self._dimension(s) for s in expression.free_symbols)

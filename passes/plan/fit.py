@@ -17,12 +17,10 @@ from actcompile.kernels.blocks.format import BITS
 
 from ..codecs.codecs import EXACT, Keep, Quantize
 from ..codecs.encode import part_names
-from ..codecs.standardise import standard
-from ..graph.find import memory_order
 from ..graph.split import Split, root
 from .costs import Noise, Speeds
 from .memory import Lifetime, lifetimes, live_bytes
-from .plan import Choice, Plan, Policy, bits_of, fit_format, statistics
+from .plan import Choice, Plan, Policy, bits_of, fit_format, nbytes_with
 from .program import Demands, Objective, Program, Solution, Way
 
 BLOCKS = (32, 64, 128, 256)
@@ -77,7 +75,7 @@ class Fitted:
 
 
 class Impossible(ValueError):
-    """No plan meets the demands; the message says what the smallest ones are."""
+    """No plan is what the config asks for; the message says why, and what would be."""
 
 
 def ways_of(choice: Choice, plan: Plan, policy: Policy, blocks: Sequence[int] = BLOCKS) -> list[Choice]:
@@ -94,14 +92,14 @@ def ways_of(choice: Choice, plan: Plan, policy: Policy, blocks: Sequence[int] = 
     least = 1
     if dependence is not None and dependence.biased:
         least = bits_of(dependence, activation.value, policy) or 8
-    contiguous = memory_order(activation.value) == list(range(activation.value.dim()))
-    signed = policy.standardise and contiguous and standard(activation.node) is not None
     saved = {c.activation.node for c in plan.choices}
     others = {}
     for bits in (b for b in BITS if b >= least):
         for block in blocks:
-            other = replace(codec, format=fit_format(activation, bits, replace(policy, block=block), signed=signed))
-            nbytes = other.nbytes(activation.shape, activation.value.dtype) + statistics(other, activation, saved)
+            other = replace(
+                codec, format=fit_format(activation, bits, replace(policy, block=block), signed=codec.standardised)
+            )
+            nbytes = nbytes_with(other, activation, saved)
             if other != codec and nbytes < activation.nbytes:
                 others[other] = replace(choice, codec=other, nbytes=nbytes)
     exact = replace(choice, codec=Keep(), nbytes=activation.nbytes)

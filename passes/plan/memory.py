@@ -19,7 +19,8 @@ import torch
 from torch import fx
 
 from ..graph import _torch
-from ..graph.find import module_path, own_nbytes
+from ..graph.find import own_nbytes
+from ..graph.origin import module_path
 from ..graph.split import Split, is_input, is_tensor, is_view, root, writes
 
 aten, ops = torch.ops.aten, torch.ops.actcompile

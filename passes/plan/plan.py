@@ -103,13 +103,14 @@ def matches(pattern: str, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """The codec of one saved activation, its bytes with it, and the reason."""
+    """The codec of one saved activation, its bytes with it, and the reason; `by_rules`: what the rule table chose."""
 
     activation: SavedActivation
     codec: Codec
     nbytes: int
     dependence: Dependence | None
     reason: str
+    by_rules: Codec
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,15 @@ class Plan:
         return Plan(tuple(exact(choice) for choice in self.choices))
 
     def taking(self, ways: Mapping[str, Choice], min_bytes: int) -> "Plan":
-        """The same plan, with the codecs that other choices, by the activation's key, have for it."""
+        """The same plan, with the codecs and reasons that other choices, by the activation's key, have for it."""
+        saved = {choice.activation.node for choice in self.choices}
 
         def other(choice: Choice) -> Choice:
             way = ways.get(choice.activation.key)
-            return choice if way is None else replace(way, activation=choice.activation, dependence=choice.dependence)
+            if way is None:
+                return choice
+            nbytes = nbytes_with(way.codec, choice.activation, saved)
+            return replace(choice, codec=way.codec, nbytes=nbytes, reason=way.reason)
 
         return Plan(tuple(let_go([other(choice) for choice in self.choices], min_bytes)))
 
@@ -163,13 +168,10 @@ def plan(activations: Sequence[SavedActivation], dependences: Mapping[fx.Node, D
         codec, reason = choose(activation, dependence, policy.for_module(activation.module))
         if not isinstance(codec, Keep) and root(activation.node) in units and activation.value.is_floating_point():
             codec, reason = Keep(), "others are rounded in its units: kept exact"
-        if isinstance(codec, Keep):
-            nbytes = activation.nbytes
-        else:
-            nbytes = codec.nbytes(activation.shape, activation.value.dtype) + statistics(codec, activation, saved)
+        nbytes = nbytes_with(codec, activation, saved)
         if nbytes >= min(activation.nbytes, own_nbytes(activation.value)) and not isinstance(codec, Keep):
             codec, nbytes, reason = Keep(), activation.nbytes, f"{codec} would take {nbytes} bytes: not less"
-        choices.append(Choice(activation, codec, nbytes, dependence, reason))
+        choices.append(Choice(activation, codec, nbytes, dependence, reason, codec))
     return Plan(tuple(let_go(choices, policy.min_bytes)))
 
 
@@ -285,11 +287,14 @@ def _quantize(a: SavedActivation, bits: int, policy: Policy) -> Quantize:
     return Quantize(fit_format(a, bits, policy, signed=standardised), standardised=standardised)
 
 
-def statistics(codec: Codec, a: SavedActivation, saved: Collection[fx.Node]) -> int:
-    """Bytes of the columns' statistics that are saved for a standardised activation alone."""
+def nbytes_with(codec: Codec, a: SavedActivation, saved: Collection[fx.Node]) -> int:
+    """Bytes that an activation takes with a codec, and those of statistics that are saved for it alone."""
+    if isinstance(codec, Keep):
+        return a.nbytes
     form = standard(a.node) if isinstance(codec, Quantize) and codec.standardised else None
     nodes = (form.scale, *form.plus) if form else ()
-    return sum(4 * numel_hint(n.meta["val"]) for n in nodes if n not in saved)
+    statistics = sum(4 * numel_hint(n.meta["val"]) for n in nodes if n not in saved)
+    return codec.nbytes(a.shape, a.value.dtype) + statistics
 
 
 def _row_width(a: SavedActivation) -> Any:

@@ -24,7 +24,8 @@ import torch
 from torch import fx
 
 from ..graph import _torch
-from ..graph.find import SavedActivation, module_path
+from ..graph.find import SavedActivation
+from ..graph.origin import module_path
 from ..graph.rows import TRANSPOSED, Map, Names, extend, row_op, terms
 from ..graph.split import Split, call, is_input, writes
 from .rebuild import computable

@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from ..graph.bias import Dependence
-from ..graph.find import SavedActivation, module_path, numel_hint
+from ..graph.find import SavedActivation, numel_hint
+from ..graph.origin import module_path
 from ..graph.split import Split, call, is_input, is_tensor, is_view, root, writes
 
 aten = torch.ops.aten
@@ -37,7 +38,7 @@ class Rebuilt:
     """An activation that is computed anew, and the saved ones that it is computed from."""
 
     activation: SavedActivation
-    bases: tuple[str, ...]  # the large ones, by `SavedActivation.key`
+    bases: tuple[str, ...]  # the large ones, as module and node
 
     @property
     def reason(self) -> str:

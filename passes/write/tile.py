@@ -40,11 +40,18 @@ def tile(graph: fx.Graph) -> list[fx.Node]:
     """Replaces sums over rows, with what is made for them alone; returns the calls of `row_sums`."""
     made: list[fx.Node] = []
     refused: set[fx.Node] = set()
-    while group := next(_groups(graph, refused), None):  # one at a time: what a sum is made of changes with each
-        early = {s.node for s in group.sums if reached_from(s.node) & group.reads}
-        result = group.replace(graph) if not early and group.is_worth else None
-        refused |= early or {s.node for s in group.sums}
-        made += [result] if result else []
+    while groups := [*_groups(graph, refused)]:
+        replaced: set[fx.Node] = set()
+        for group in groups:
+            if replaced & group.nodes:  # what it is made of has changed: it is found anew
+                continue
+            sums = {s.node for s in group.sums}
+            early = {s for s in sums if reached_from(s) & group.reads}
+            result = group.replace(graph) if not early and group.is_worth else None
+            refused |= early or sums
+            if result:
+                made.append(result)
+                replaced |= sums
     graph.eliminate_dead_code()
     return made
 
@@ -65,6 +72,10 @@ class _Group:
 
     sums: list[_Sum]
     inside: list[fx.Node]
+
+    @property
+    def nodes(self) -> set[fx.Node | None]:
+        return {*self.inside, *(n for s in self.sums for n in (s.node, s.left, s.right, s.turned))}
 
     @property
     def reads(self) -> set[fx.Node]:

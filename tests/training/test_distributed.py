@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training import ranks
+from tests.training import pinned, ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,3 +57,18 @@ def test_gradients_are_those_of_the_whole_batch_and_ranks_agree(found, exact, wa
         errors.append(float((first - expected).norm() / expected.norm()))
         assert errors[-1] < (1e-5 if kind == "lossless" else 0.05), name
     assert kind == "lossless" or max(errors) > 1e-4
+
+
+def test_ranks_take_the_plan_that_one_of_them_made(tmp_path):
+    """Within a bound, and on batches of different sizes, for which each rank by itself might make another plan."""
+    first, second = started("tests.training.pinned", tmp_path)
+    assert first["difference"] == second["difference"] == 0
+    expected = [ranks.gradients(ranks.Net(), *pinned.batch(rank)) for rank in range(ranks.RANKS)]
+    errors = []
+    for name, gradient in first["gradients"].items():
+        exact = [gradients[name] for gradients in expected]
+        if exact[0] is not None:
+            mean = sum(exact) / len(exact)
+            assert torch.equal(gradient, second["gradients"][name]), name
+            errors.append(float((gradient - mean).norm() / mean.norm()))
+    assert 1e-3 < max(errors) < 0.5
