@@ -17,7 +17,7 @@ from .report import GraphReport, Report
 from .report.last_run import LastRun
 from .tracing import trace as _trace
 from .tracing.call import breaks, compiled_module, noted
-from .tracing.capture import capture_sizes
+from .tracing.capture import whole_graphs
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -75,7 +75,7 @@ def compile_calls(model: nn.Module, backend: Callable[..., Any], dynamic: bool |
     return compiled
 
 
-@capture_sizes
+@whole_graphs
 def backend(gm: fx.GraphModule, inputs: list[Any], *, options: dict[str, Any] | None = None, **_: Any) -> Any:
     """The backend of `torch.compile(model, backend="actcompile", options={...})`; options are fields of `Config`."""
     return _compile(gm, inputs, Config.make(**(options or {})), [])
@@ -92,7 +92,7 @@ def _check_rules(model: nn.Module, config: Config) -> None:
 
 
 def _backend_with(config: Config, graphs: list[LastRun]) -> Callable[..., Any]:
-    @capture_sizes
+    @whole_graphs
     def actcompile(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         return _compile(gm, inputs, config, graphs)
 

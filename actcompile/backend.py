@@ -35,6 +35,7 @@ from actcompile.passes.spare.commute import commute
 from actcompile.passes.spare.dropout import dropout, redraw
 from actcompile.passes.spare.masks import masks
 from actcompile.passes.spare.narrow import narrow
+from actcompile.passes.spare.reals import reals
 from actcompile.passes.spare.rebuild import rebuild
 from actcompile.passes.spare.replay import Replayed, replay
 from actcompile.passes.spare.views import views
@@ -222,6 +223,7 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
         return bias(split.backward.graph, [a.placeholder for a in floats])
 
     spared: list[Spared] = [*views(split, find(split), lambda n: policy.for_module(module_path(n)), policy.min_bytes)]
+    spared += reals(split, [a for a in find(split) if a.refusal is None and policy.for_module(a.module).compresses(a)])
     masks(split, kept=[a.placeholder for a in find(split) if not policy.for_module(a.module).lossless])
     if config.rebuild:
         spared += commute(split, [a for a in wanted() if kind(a.node).bits is not None], kind)

@@ -26,7 +26,7 @@ from ..backend import compile_plain
 from ..config import Config
 from ..report.data import GraphReport, Row
 from ..report.last_run import LastRun
-from ..tracing.capture import capture_sizes
+from ..tracing.capture import whole_graphs
 from ..tracing.trace import _region, _undisturbed
 
 SEED = 0  # of all that is random in a model
@@ -108,7 +108,7 @@ class Variant:
         self.wanted = {n: p for n, p in self.model.named_parameters() if p.requires_grad} | task.named_inputs()
         names = {id(tensor): name for name, tensor in self.wanted.items()}
 
-        @capture_sizes
+        @whole_graphs
         def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
             if plain:
                 return compile_plain(gm, inputs, config)

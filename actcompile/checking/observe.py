@@ -21,7 +21,7 @@ from actcompile.passes.spare.dropout import dropout
 
 from ..backend import cut, decide, fuse
 from ..config import Config
-from ..tracing.capture import capture_sizes
+from ..tracing.capture import whole_graphs
 from ..tracing.trace import isolated
 
 Look = Callable[[Choice, Tensor], None]
@@ -68,7 +68,7 @@ def unrounded(
 ) -> Callable[..., Any]:
     """`model` in the graphs that `config.inner` would compile, up to the plan: run op by op, each with its watcher."""
 
-    @capture_sizes
+    @whole_graphs
     def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         watching = watcher()
 

@@ -1,17 +1,17 @@
-"""Sizes that depend on data stay in one graph, for our backends alone.
+"""What Dynamo leaves out of graphs by default stays in those of our backends: sizes that depend on data, recurrences.
 
 `x[mask]` and `nonzero`, as in the self-loops of GCNConv and GATConv, make tensors whose size only a run knows. Dynamo
-ends a graph there, unless `torch._dynamo.config.capture_dynamic_output_shape_ops` is set, for the whole process. Here
-it is set while a frame is traced for a backend of ours, and for nothing else: not for other models, whenever and in
-whatever thread they are compiled, nor for the Python between graphs. Nothing guards on it, so nothing is compiled
-again for its sake.
+ends a graph there, unless `torch._dynamo.config.capture_dynamic_output_shape_ops` is set, and at LSTM, GRU and RNN
+modules, unless `allow_rnn` is: for the whole process. Here both are set while a frame is traced for a backend of ours,
+and for nothing else: not for other models, whenever and in whatever thread they are compiled, nor for the Python
+between graphs. Nothing guards on them, so nothing is compiled again for their sake.
 
-A frame that cannot be compiled so, because Python, Dynamo or a compiler needs to know such a size, is traced again
-without, as if the setting had never been.
+A frame that cannot be compiled so, because Python, Dynamo or a compiler needs to know such a size, or because a
+recurrence has many steps, is traced again without, as if the setting had never been.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from actcompile.passes.graph._torch import (
     ConvertFrameAssert,
     GuardOnDataDependentSymNode,
     RestartAnalysis,
+    ask_before_unrolling,
     dynamo_config,
     free_unbacked_symbols,
     functorch_config,
@@ -33,25 +34,32 @@ from actcompile.passes.plan.fit import Impossible
 
 Backend = TypeVar("Backend", bound=Callable[..., Any])
 
-SETTING = "capture_dynamic_output_shape_ops"
-_capturing: ContextVar[bool] = ContextVar(
-    "actcompile_capturing", default=False
-)  # not set where it is the user's setting
+SIZES, RECURRENCES = "capture_dynamic_output_shape_ops", "allow_rnn"
+MOST_STEPS = 16  # of a recurrence, some ten ops each: more are slow to compile
+_capturing: ContextVar[frozenset[str]] = ContextVar(  # without what the user has set
+    "actcompile_capturing", default=frozenset()
+)
 
 
-class _NeedsSizes(RuntimeError):
-    """A graph with sizes that depend on data could not be compiled."""
+class _Refused(RuntimeError):
+    """A graph is not compiled with what these settings let into it."""
+
+    def __init__(self, message: str, settings: frozenset[str]) -> None:
+        super().__init__(message)
+        self.settings = settings
 
 
-NEED_SIZES = _NeedsSizes, GuardOnDataDependentSymNode, AsPythonConstantNotImplementedError
+NEED_SIZES = GuardOnDataDependentSymNode, AsPythonConstantNotImplementedError
 
 
-def capture_sizes(backend: Backend) -> Backend:
-    """Marks a `torch.compile` backend: Dynamo gives it sizes that depend on data inside its graphs."""
+def whole_graphs(backend: Backend) -> Backend:
+    """Marks a `torch.compile` backend: sizes that depend on data, and short recurrences, are inside of its graphs."""
 
     @functools.wraps(backend)
     def compile_graph(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-        if not (_capturing.get() and _depends_on_data(gm)):
+        holds = {SIZES: _depends_on_data(gm), RECURRENCES: _recurs(gm)}
+        captured = frozenset(setting for setting in _capturing.get() if holds[setting])
+        if not captured:
             return backend(gm, inputs, **options)
         try:
             # Backward now, not at its first call, so that what its compiler cannot do is known here.
@@ -60,37 +68,51 @@ def capture_sizes(backend: Backend) -> Backend:
         except (RestartAnalysis, Impossible):  # Dynamo traces the frame once more; the user's bounds, not the sizes
             raise
         except Exception as error:
-            raise _NeedsSizes("sizes that depend on data could not be compiled") from error
+            raise _Refused("sizes that depend on data, or recurrences, could not be compiled", captured) from error
 
-    compile_graph._captures_sizes = True  # type: ignore[attr-defined]
+    compile_graph._takes_whole_graphs = True  # type: ignore[attr-defined]
     return compile_graph  # type: ignore[return-value]
 
 
-def _with_sizes(convert: Callable[..., Any]) -> Callable[..., Any]:
+def _with_settings(convert: Callable[..., Any]) -> Callable[..., Any]:
     """`ConvertFrameAssert.__call__`, which traces a frame and compiles its graphs, or raises."""
 
     @functools.wraps(convert)
     def call(self: ConvertFrameAssert, *args: Any, **options: Any) -> Any:
         backend = innermost_backend(self)
         backend = getattr(backend, "compiler_fn", backend)  # torch.compile keeps it in an object of its own
-        if getattr(dynamo_config, SETTING) or not getattr(backend, "_captures_sizes", False):
-            return convert(self, *args, **options)
-        token = _capturing.set(True)
-        try:
-            # Called under Dynamo's compile lock, so no other trace sees this, also where the setting is not per thread.
-            with dynamo_config.patch({SETTING: True}):
-                return convert(self, *args, **options)
-        except Exception as error:
-            found = [e for e in _causes(error) if isinstance(e, NEED_SIZES)]
-            if not found:
-                raise
-            if any(isinstance(e, AsPythonConstantNotImplementedError) for e in found):
-                make_sizes_constant(args[0].f_locals)  # also those that an earlier graph of ours has captured
-        finally:
-            _capturing.reset(token)
+        ours = getattr(backend, "_takes_whole_graphs", False)
+        settings = frozenset(s for s in (SIZES, RECURRENCES) if ours and not getattr(dynamo_config, s))
+        while settings:
+            token = _capturing.set(settings)
+            try:
+                # Called under Dynamo's compile lock: no other trace sees this, also where settings are not per thread.
+                with dynamo_config.patch(dict.fromkeys(settings, True)):
+                    return convert(self, *args, **options)
+            except Exception as error:
+                causes = list(_causes(error))
+                refused = settings & _refused_by(causes)
+                if not refused:
+                    raise
+                if any(isinstance(e, AsPythonConstantNotImplementedError) for e in causes):
+                    make_sizes_constant(args[0].f_locals)  # also those that an earlier graph of ours has captured
+                settings -= refused
+            finally:
+                _capturing.reset(token)
         return convert(self, *args, **options)
 
     return call
+
+
+def _refused_by(causes: Iterable[BaseException]) -> set[str]:
+    """The settings without which a frame is to be traced again."""
+    refused: set[str] = set()
+    for error in causes:
+        if isinstance(error, _Refused):
+            refused |= error.settings
+        elif isinstance(error, NEED_SIZES):
+            refused.add(SIZES)
+    return refused
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -114,4 +136,17 @@ def _depends_on_data(gm: fx.GraphModule) -> bool:
     )
 
 
-ConvertFrameAssert.__call__ = _with_sizes(ConvertFrameAssert.__call__)  # type: ignore[method-assign]
+def _recurs(gm: fx.GraphModule) -> bool:
+    """Whether a graph of Dynamo's has recurrences."""
+    return any(node.target in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu) for node in gm.graph.nodes)
+
+
+def _refuse_many_steps(sequence: torch.Tensor | None) -> None:
+    """Stops the trace of a recurrence of ours with more steps than are quickly compiled, or a number that changes."""
+    steps = None if sequence is None else sequence.shape[0]
+    if RECURRENCES in _capturing.get() and not (isinstance(steps, int) and steps <= MOST_STEPS):
+        raise _Refused("a recurrence has many steps", frozenset((RECURRENCES,)))
+
+
+ask_before_unrolling(_refuse_many_steps)
+ConvertFrameAssert.__call__ = _with_settings(ConvertFrameAssert.__call__)  # type: ignore[method-assign]

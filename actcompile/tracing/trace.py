@@ -47,7 +47,7 @@ from actcompile.passes.graph._torch import (
     pytree,
 )
 
-from .capture import capture_sizes
+from .capture import whole_graphs
 
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -109,7 +109,7 @@ def trace(
     copied, args, kwargs = _without_data((model, tuple(args), dict(kwargs or {})), mode)
     graphs = 0
 
-    @capture_sizes
+    @whole_graphs
     def traced(gm: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
         nonlocal graphs
         compiled = backend(gm, example_inputs, **options)

@@ -20,7 +20,7 @@ from ..graph import _torch
 from ..graph.axes import Axes, Link, Place
 from ..graph.find import maker
 from ..graph.origin import op_name
-from ..graph.split import Split, is_tensor, is_view
+from ..graph.split import Split, is_tensor, is_view, readers_of
 from .takes import PRODUCTS, Index, index_of, reduction_of, take_of
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
@@ -53,15 +53,6 @@ def maker_of(node: fx.Node) -> str:
 def _maker(node: fx.Node) -> Any:
     """The op that a node is a result of."""
     return node.args[0] if node.target is operator.getitem else node
-
-
-def reads(node: fx.Node) -> Iterator[fx.Node]:
-    """What reads a node's value, also through views."""
-    for user in node.users:
-        if is_view(user) and user.op != "output":
-            yield from reads(user)
-        else:
-            yield user
 
 
 class Counted:
@@ -184,7 +175,7 @@ class _Why:
 
     def of(self, node: fx.Node) -> str:
         """Why a tensor with a row for each edge is made."""
-        made_by, readers = _maker(node), list(reads(node))
+        made_by, readers = _maker(node), readers_of(node)
         held = {node, *(user for user in node.users if is_view(user))}
         if held & set(self.returned):
             return "the model returns it"

@@ -3,11 +3,13 @@
 Read and tried with torch 2.13.0.
 """
 
+import functools
+import itertools
 import math
 import sys
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +19,9 @@ import torch._functorch.config as functorch_config
 
 # Inductor, its joint passes with whatever partitioner is configured, and the class such a partitioner must have.
 import torch._inductor.config as inductor_config
+
+# How a recurrence is traced: step by step, by ops that autograd knows.
+from torch._decomp import decompositions
 
 # What `explain` has to read and put back when it traces without running: graph breaks, cache entries, sizes seen.
 from torch._dynamo import config as dynamo_config
@@ -151,6 +156,7 @@ __all__ = [
     "UnsupportedFakeTensorException",
     "V",
     "aot_autograd",
+    "ask_before_unrolling",
     "at_most",
     "bound_sympy",
     "bound",
@@ -275,6 +281,41 @@ def make_sizes_constant(values: Any) -> None:
     for value in pytree.tree_leaves(values):
         if isinstance(value, torch.Tensor) and hasattr(value, "_dynamo_propagated_dynamic_indices"):
             del value._dynamo_propagated_dynamic_indices
+
+
+def ask_before_unrolling(ask: Callable[[torch.Tensor | None], None]) -> None:
+    """Calls `ask` with a sequence, [steps, batch, features], or None for a packed one, before a trace goes through it.
+
+    LSTM, GRU and RNN are traced step by step, by these functions for each layer and direction (2.11 to 2.14).
+    """
+
+    def asking(unroll: Callable[..., Any], packed: bool) -> Callable[..., Any]:
+        @functools.wraps(unroll)
+        def layer(inp: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            ask(None if packed else inp)
+            return unroll(inp, *args, **kwargs)
+
+        return layer
+
+    for name in ("one_layer_lstm", "one_layer_rnn", "one_layer_lstm_data", "one_layer_rnn_data"):
+        setattr(decompositions, name, asking(getattr(decompositions, name), name.endswith("_data")))
+
+
+def _trainable(select: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's choice of how a layer of an LSTM is traced on the CPU, but never of a kernel that has no backward.
+
+    It takes oneDNN's kernel for inference where the input requires no gradient, whatever the weights do (2.11 to 2.14).
+    """
+
+    @functools.wraps(select)
+    def choose(input: Any, hx: Any, params: Any) -> Any:
+        trained = any(t.requires_grad for t in (*hx, *itertools.chain.from_iterable(params)))
+        return decompositions.one_layer_lstm if torch.is_grad_enabled() and trained else select(input, hx, params)
+
+    return choose
+
+
+decompositions.select_one_layer_lstm_function = _trainable(decompositions.select_one_layer_lstm_function)
 
 
 def dispatch_in_traces(*functions: Any) -> None:

@@ -100,7 +100,7 @@ def find(split: Split) -> list[SavedActivation]:
         if refusal is None and not all(split.knows(size) for size in node.meta["val"].shape):
             refusal = "its size depends on data and can't be handed on"
         if refusal is None and _uncast(node) in split.parameters:
-            refusal = "a parameter in another dtype: noise in it would reach every row"
+            refusal = "a parameter or buffer, copied or in another dtype: noise in it would reach every row"
         bound = _bound(placeholder)
         key = split.keys.of(node)
         if key in taken:  # of a clone and what it is a clone of
@@ -157,11 +157,10 @@ def _refusal(node: fx.Node, base: fx.Node, returned: set[fx.Node]) -> str | None
         return "the model returns it, or a view of it"
     if value.layout is not torch.strided:
         return f"layout {value.layout} is not handled"
-    if value.is_floating_point() and value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    handled = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+    if (value.is_floating_point() or value.is_complex()) and value.dtype not in handled:
         return f"dtype {value.dtype} is not handled"
-    if value.is_complex():
-        return "complex numbers are not handled"
-    if numel_hint(value) > numel_hint(base.meta["val"]):
+    if own_nbytes(value) > own_nbytes(base.meta["val"]):
         return "its strides overlap"
     return None
 

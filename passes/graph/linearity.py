@@ -9,7 +9,8 @@ its shape at most. `sum(x)` and `mean(x)` say that elements of `x` are added up,
 has one polynomial for each, separated by `;`.
 
 The rules are facts of algebra. They treat the rounding of floating-point arithmetic as exact, as everyone does who
-calls a layer linear, and hold for real tensors of float dtypes.
+calls a layer linear, and hold for tensors of float dtypes; of complex ones, element by element of real and imaginary
+parts.
 """
 
 from __future__ import annotations
@@ -87,6 +88,10 @@ _TABLE: tuple[tuple[str, str, dict[str, Container[Any]]], ...] = (
     ("aten: gather index _unsafe_index index_select take masked_select", "self", {}),
     ("aten: embedding", "weight", {}),
     ("aten: cat stack", "tensors", {}),
+    # Complex numbers are pairs of real ones; what multiplies them sums up products of their parts.
+    ("aten: view_as_real view_as_complex _conj", "self", {}),
+    ("aten: complex", "real + imag", {}),
+    ("aten: _fft_r2c _fft_c2r _fft_c2c", "self", {}),
     ("aten: copy", "src + 0 * self", {}),
     ("aten: slice_scatter select_scatter diagonal_scatter as_strided_scatter", "self + src", {}),
     ("aten: index_put _unsafe_index_put _unsafe_masked_index_put_accumulate", "self + values", {}),

@@ -270,6 +270,16 @@ def root(node: fx.Node) -> fx.Node:
     return node
 
 
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """What reads a node's memory, also through views."""
+    views, readers = [node], []
+    for view in views:
+        found = [user for user in view.users if is_view(user) and user.args[0] is view]
+        views += found
+        readers += [user for user in view.users if user not in found]
+    return readers
+
+
 def reached_from(node: fx.Node) -> set[fx.Node]:
     """All that depends on a node."""
     return descendants(node.users)

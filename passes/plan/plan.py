@@ -41,6 +41,7 @@ from ..graph.split import root
 # has a variance of 0.017, or 0.4, of their own.
 FEW, MANY = 8, 1024
 MOST_OF_SEVERAL_ROWS = 1024  # elements; i-EXACT's published bytes fit no larger blocks
+MOST_HEADS = 16  # of attention, in which each has one number to a row
 
 
 @dataclass(frozen=True)
@@ -252,8 +253,11 @@ def bits_of(dependence: Dependence, value: torch.Tensor, policy: Policy) -> int 
 
 
 def _is_column(value: torch.Tensor) -> bool:
-    """Whether a tensor has one number to a row."""
-    return value.dim() < 2 or _torch.known_true(value.shape[-1] == 1)
+    """Whether a tensor has one number to a row, or to each head of a row; more are a vector for an outer product."""
+    if value.dim() < 2:
+        return True
+    heads = math.prod(value.shape[1:-1])
+    return _torch.known_true(value.shape[-1] == 1) and _torch.known_true(heads <= MOST_HEADS)
 
 
 def _linear(a: SavedActivation, policy: Policy) -> tuple[Codec, str]:

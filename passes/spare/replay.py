@@ -20,7 +20,7 @@ from torch import fx
 
 from ..graph import _torch
 from ..graph.find import SavedActivation, numel_hint
-from ..graph.split import Split, first_use, is_input, is_size, is_tensor, is_view, writes
+from ..graph.split import Split, first_use, is_input, is_size, is_tensor, is_view, readers_of, writes
 from ..plan.plan import is_constant
 from .dropout import is_seed
 
@@ -102,13 +102,20 @@ def _no_larger_than_the_rest(
 ) -> list[SavedActivation]:
     """Those for which backward makes no tensor again that is larger than all that the step makes besides.
 
-    While backward runs more is alive than when forward began: what was forward's peak would be a higher one.
+    While backward runs more is alive than when forward began: what was forward's peak would be a higher one. What would
+    be decoded as a whole is as large itself.
     """
     cones = {a: _cone(a.node, exact, ()) for a in candidates}
     inside = {node for cone in cones.values() for node in cone}
     outside = [n for g in (split.forward.graph, split.backward.graph) for n in g.nodes if n not in inside]
     limit = max(map(_made, outside), default=0.0)
-    return [a for a, cone in cones.items() if all(_made(node) <= limit for node in cone)]
+    limits = {a: max(limit, a.nbytes if _is_decoded_whole(a) else 0) for a in cones}
+    return [a for a, cone in cones.items() if all(_made(node) <= limits[a] for node in cone)]
+
+
+def _is_decoded_whole(activation: SavedActivation) -> bool:
+    """Whether something in backward but products of matrices, which take rows tile by tile, reads it."""
+    return any(user.target is not aten.mm.default for user in readers_of(activation.placeholder))
 
 
 def _made(node: fx.Node) -> float:
@@ -125,7 +132,7 @@ def _chosen(
     chosen: dict[SavedActivation, float] = {}
     while candidates:
         cones = {a: _cone(a.node, exact, planned) for a in candidates}
-        costs = {a: sum(map(work, cone)) / whole for a, cone in cones.items()}
+        costs = {a: _cost(a, cone) / whole for a, cone in cones.items()}
         candidates = [a for a in candidates if sum(chosen.values()) + costs[a] <= share]
         if candidates:
             best = max(candidates, key=lambda a: a.nbytes / max(costs[a], 1e-9))
@@ -133,6 +140,13 @@ def _chosen(
             planned.update(cones[best])
             candidates.remove(best)
     return chosen
+
+
+def _cost(activation: SavedActivation, cone: Iterable[fx.Node]) -> float:
+    """The work that computing it again takes; none for rows of inputs, which are taken as fast as they are decoded."""
+    again = {node: work(node) for node in cone}
+    is_taken = all(node.target in TAKES for node, bytes_moved in again.items() if bytes_moved)
+    return 0.0 if is_taken and sum(again.values()) <= activation.nbytes else sum(again.values())
 
 
 def work(node: fx.Node) -> float:

@@ -33,6 +33,8 @@ class Viewed:
     @property
     def reason(self) -> str:
         names = ", ".join(n.name for n in self.instead)
+        if self.activation.value.is_complex():
+            return f"pairs of real numbers are saved instead: {names}"
         if self.activation.node in _ancestors(self.instead[0]):
             return f"only pieces of it are used, which are saved: {names}"
         return f"a view of {names}, which is saved once"

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..graph import _torch
 from ..graph.find import numel_hint
-from ..graph.split import call, inherit_origin, is_tensor, is_view, reached_from, root
+from ..graph.split import call, inherit_origin, is_tensor, is_view, reached_from, readers_of, root
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 LEAST = 1 << 21  # elements of a result that it is worth it for
@@ -82,29 +82,19 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
     return one.dim() == two.dim() == 2 and one.dtype == two.dtype and all(_torch.known_true(a == b) for a, b in sizes)
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """What reads a node's memory, through views or not."""
-    views, readers = [node], []
-    for view in views:
-        found = [user for user in view.users if is_view(user) and user.args[0] is view]
-        views += found
-        readers += [user for user in view.users if user not in found]
-    return readers
-
-
 def _is_free(node: fx.Node, made: _Products) -> bool:
     """Whether a result may be written over one of its operands: nothing that depends on it reads what was there."""
     if node.op != "call_function" or is_view(node) or not _alike(node, made.node):
         return False
     operands = [root(n) for n in (*made.left, *made.right, *([made.bias] if made.bias else ()))]
     reached = reached_from(made.node)
-    return operands.count(node) == 1 and not any(r.op == "output" or r in reached for r in _readers(node))
+    return operands.count(node) == 1 and not any(r.op == "output" or r in reached for r in readers_of(node))
 
 
 def _write_over(graph: fx.Graph, made: _Products, into: int) -> None:
     """Inserts the call that replaces an operand, behind all that reads the operand."""
     operand = made.left[into]
-    early, todo = set(), {n for n in _readers(operand) if n > made.node}
+    early, todo = set(), {n for n in readers_of(operand) if n > made.node}
     while todo:
         node = todo.pop()
         early.add(node)

@@ -246,6 +246,33 @@ def _distance(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
     return torch.zeros_like(x).index_add(0, g.edges[1], h[g.edges[0]] * torch.exp(-length)[:, None])
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In a dtype that has complex numbers."""
+    return x.float() if x.dtype is torch.bfloat16 else x
+
+
+def _filtered(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
+    """A global filter network, or FNet: products of frequencies."""
+    frequencies = torch.fft.rfft(_wide(m["lin"](x)), norm="ortho") * torch.view_as_complex(_wide(m["filter"].weight))
+    return torch.fft.irfft(frequencies, n=W, norm="ortho").to(x.dtype)
+
+
+def _turned_by_relations(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
+    """RotatE: how far entities, turned by a relation, are from others."""
+    real, imaginary, angle = _wide(m["lin"](x)).chunk(3, -1)
+    entity = torch.complex(real, imaginary)
+    turned = entity * torch.polar(torch.ones_like(angle), angle)
+    away = (turned[g.edges[0]] - entity[g.edges[1]]).abs().clamp(min=1e-3).to(x.dtype)
+    return x + scatter(away, g.edges[1], dim=0, dim_size=x.shape[0], reduce="mean")
+
+
+def _over_layers(m: nn.ModuleDict, x: Tensor, g: Graph) -> Tensor:
+    """JumpingKnowledge: attention over layers, scored by an LSTM in both directions."""
+    layers = torch.stack([x, m["lin"](x).tanh(), x.sin()], 1)
+    scores = m["score"](m["cell"](layers)[0]).squeeze(-1).softmax(-1)
+    return (layers * scores[..., None]).sum(1)
+
+
 OPS: dict[str, Callable[[], nn.Module]] = {
     "linear": _op(lambda m, x, g: m["lin"](x), lin=(W, W)),
     "two layers": _op(lambda m, x, g: m["b"](m["a"](x).relu()), a=(W, 2 * W), b=(2 * W, W)),
@@ -279,6 +306,17 @@ OPS: dict[str, Callable[[], nn.Module]] = {
     "jumping": _op(lambda m, x, g: torch.stack([x, m["lin"](x)], -1).max(-1).values, lin=(W, W)),
     "shift by mean": _op(lambda m, x, g: m["lin"](x) * (x - x.mean(0)), lin=(W, W)),
     "film by mean": _op(lambda m, x, g: x * m["lin"](x.mean(0)).sigmoid(), lin=(W, W)),
+    "filter of frequencies": lambda: Op(_filtered, lin=nn.Linear(W, W), filter=nn.Embedding(W // 2 + 1, 2)),
+    "relations that turn": _op(_turned_by_relations, lin=(W, 3 * W)),
+    "lstm over layers": lambda: Op(
+        _over_layers,
+        lin=nn.Linear(W, W),
+        cell=nn.LSTM(W, W // 2, batch_first=True, bidirectional=True),
+        score=nn.Linear(W, 1),
+    ),
+    "gru over rows": lambda: Op(
+        lambda m, x, g: m["c"](x.view(-1, 4, W // 4))[0].reshape(x.shape), c=nn.GRU(W // 4, W // 4, batch_first=True)
+    ),
     "gram": _op(lambda m, x, g: x @ (m["lin"](x).t() @ x) / (x.shape[0] + 1), lin=(W, W)),
 }  # fmt: skip
 

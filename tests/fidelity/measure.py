@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 import actcompile
 from actcompile.backend import compile_plain
-from actcompile.tracing.capture import capture_sizes
+from actcompile.tracing.capture import whole_graphs
 
 ALARM = 1e-6  # with new seeds in every run, an example of a test would fail wrongly with at most this probability
 Gradients = dict[str, Tensor]
 
 
-@capture_sizes
+@whole_graphs
 def plain(gm, inputs):
     """The inner compiler "aot_eager" without us, on the same graphs, but for dropout: it drops the same."""
     return compile_plain(gm, inputs, actcompile.Config(inner="aot_eager"))

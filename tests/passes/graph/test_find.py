@@ -48,7 +48,10 @@ W, V = torch.randn(16, 32, requires_grad=True), torch.randn(32, 4, requires_grad
         (lambda x, w, v: (x @ w).exp(), "the model returns it, or a view of it"),
         (lambda x, w, v: (x @ w).exp().t(), "the model returns it, or a view of it"),
         (lambda x, w, v: (x @ w).double().sin() @ v.double(), "dtype torch.float64 is not handled"),
-        (lambda x, w, v: (torch.fft.fft(x @ w) ** 2).abs().sum(), "complex numbers are not handled"),
+        (
+            lambda x, w, v: (torch.fft.fft(x.double() @ w.double()) ** 2).abs().sum(),
+            "dtype torch.complex128 is not handled",
+        ),
     ],
 )
 def test_refusal(function, reason):
@@ -59,7 +62,7 @@ def test_a_cast_of_a_parameter_is_refused_and_one_of_the_data_is_not():
     model = Mlp(dropout=0.0)
     with torch.autocast("cpu", torch.bfloat16):
         made = found(model, X)
-    refused = [a for a in made if a.refusal and "parameter in another dtype" in a.refusal]
+    refused = [a for a in made if a.refusal and "in another dtype" in a.refusal]
     assert [tuple(sorted(a.value.shape)) for a in refused] == [(4, 32)]
     assert any(a.value.shape == X.shape and a.refusal is None for a in made)
 

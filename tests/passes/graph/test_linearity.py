@@ -34,6 +34,7 @@ def packet(name):
 
 X, MASK, ROWS, IDS = F(3, 4), torch.tensor([True, False, True, True]), torch.tensor([2, 0, 2]), I(3, 3, 4)
 POSITIVE = 10 + F(4)
+Z, Y = torch.complex(X, F(3, 4)), torch.complex(F(3, 4), F(3, 4))
 OFFSETS, BAGS = torch.tensor([0, 2]), torch.tensor([0, 0, 1, 1, 1])
 LENGTHS = torch.tensor([2, 1])
 ATTENTION = [F(1, 2, 3, 4) for _ in range(5)]
@@ -53,6 +54,17 @@ CASES = [
             *("sym_numel", "sym_storage_offset"),
         )
     ],
+    ("aten.complex.default", X, F(3, 4)),
+    ("aten.view_as_complex.default", F(3, 4, 2)),
+    ("aten.view_as_real.default", Z),
+    ("aten._conj.default", Z),
+    ("aten._fft_r2c.default", X, [1], 0, True),
+    ("aten._fft_c2r.default", Z, [1], 0, 6),
+    ("aten._fft_c2c.default", Z, [0], 0, True),
+    ("aten.mul.Tensor", Z, Y),
+    ("aten.mul.Tensor", Z, X),
+    ("aten.mm.default", Z, torch.complex(F(4, 2), F(4, 2))),
+    ("aten.abs.default", Z),
     ("aten.new_zeros.default", X, [2]),
     ("aten.new_ones.default", X, [2]),
     ("aten.sym_size.int", X, 0),
@@ -236,15 +248,29 @@ def outputs_of(result):
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
+def like(value, generator):
+    shape = value.shape
+    return (
+        torch.complex(F(*shape, generator=generator), F(*shape, generator=generator))
+        if value.is_complex()
+        else F(*shape, generator=generator)
+    )
+
+
+def as_reals(value):
+    value = torch.as_tensor(value)
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value.double()
+
+
 def curvatures(op, flat, spec, chosen, seed):
     """For each output `|f(1) - 2 f(0) + f(-1)|` as `t` moves the `chosen` arguments, relative to the values."""
     # Far enough to cross the kinks of functions that are linear in pieces.
-    directions = {i: 3 * F(*flat[i].shape, generator=torch.Generator().manual_seed(seed + i)) for i in chosen}
+    directions = {i: 3 * like(flat[i], torch.Generator().manual_seed(seed + i)) for i in chosen}
     runs = []
     for t in (-1.0, 0.0, 1.0):
         moved = [value + t * directions[i] if i in directions else value for i, value in enumerate(flat)]
         args, kwargs = tree_unflatten(moved, spec)
-        runs.append([torch.as_tensor(0 if out is None else out).double() for out in outputs_of(op(*args, **kwargs))])
+        runs.append([as_reals(0 if out is None else out) for out in outputs_of(op(*args, **kwargs))])
     bends = []
     for low, middle, high in zip(*runs, strict=True):
         scale = max(1e-3, *(value.abs().max().item() for value in (low, middle, high)))
@@ -266,7 +292,9 @@ def test_a_rule_is_exact(name, args, kwargs):
     op = getattr(packet(name), name.split(".")[2])
     flat, spec = tree_flatten((args, kwargs))
     result = op(*args, **kwargs)
-    floats = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    floats = [
+        i for i, v in enumerate(flat) if isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex())
+    ]
     for chosen in [*itertools.combinations(floats, 1), *itertools.combinations(floats, 2)]:
         bends = zip(*(curvatures(op, flat, spec, chosen, seed) for seed in range(6)), strict=True)
         for output, bend in enumerate(map(max, bends)):

@@ -9,7 +9,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.sizes import sizes
-from actcompile.tracing.capture import capture_sizes
+from actcompile.tracing.capture import whole_graphs
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def joint_sizes(function, *inputs, dynamic=None):
         found.append({name: _torch.size_hint(s) for name, s in symbols if _torch.is_unbacked(s)})
         return min_cut_rematerialization_partition(joint, joint_inputs, **options)
 
-    backend = capture_sizes(aot_autograd(fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition))
+    backend = whole_graphs(aot_autograd(fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition))
     torch.compile(function, backend=backend, dynamic=dynamic)(*inputs)
     (only,) = found
     return only

@@ -50,6 +50,9 @@ POLICY = Policy()
         (activation(FLOAT), Policy(bits=None), "div", "quantize(8 bits", "biased through"),
         (activation(torch.zeros(8192, 1)), POLICY, "div", "keep", "one number per row"),
         (activation(torch.zeros(8192, 1)), POLICY, None, "keep", "one number per row"),
+        (activation(torch.zeros(8192, 8, 1)), POLICY, None, "keep", "one number per row"),  # of heads
+        (activation(torch.zeros(8192, 64, 1)), POLICY, None, "quantize(2 bits", "unbiased"),  # of an outer product
+        (activation(torch.zeros(8192, 64, 1)), POLICY, "div", "quantize(8 bits", "biased through"),
         (activation(FLOAT, refusal="the model returns it"), POLICY, None, "keep", "the model returns it"),
         (activation(FLOAT[:1]), POLICY, None, "keep", "small"),
         (activation(FLOAT[:1]), Policy(min_bytes=0), None, "quantize(2 bits", "unbiased"),
