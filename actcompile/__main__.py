@@ -147,7 +147,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--levels", choices=["auto", *LEVELS])
     group.add_argument("--metadata", choices=list(METADATA))
     group.add_argument("--min-bytes", type=int)
-    group.add_argument("--replay", type=float, metavar="SHARE")
+    group.add_argument("--replay", type=_replay, metavar="SHARE|auto")
     group.add_argument(
         "--rule",
         dest="rules",
@@ -308,6 +308,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def _replay(text: str) -> str | float:
+    return text if text == "auto" else float(text)
 
 
 def _budget(text: str) -> str | float:

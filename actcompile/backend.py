@@ -56,7 +56,8 @@ from .report.record import Spared, memory, outlook, record
 from .together import together
 from .tracing.call import Situation, guard_on_mode, noted, situation
 
-WORTH = 0.98  # of a step's peak: where it falls below without, nothing is made again from a model's inputs
+REPLAY = 0.4  # of the forward's work, that backward may do again from a model's inputs
+WORTH = 0.98  # of a step's peak: where it falls below without that, it is not done
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
 
 
@@ -90,11 +91,12 @@ def partition(
     by_torch = again(plain) if moved or any(not region.reason for region in fused) else split
     saved_by_torch, memory_by_torch = find(by_torch), memory(by_torch, config)
     policy = config.policy(situation.training)
-    made, taken = make(split, policy, config, saved_by_torch), config
-    if any(isinstance(s, Replayed) for s in made.spared):
-        other = make(again(), policy, without := replace(config, replay=0), saved_by_torch)
+    share = REPLAY if config.replay == "auto" else config.replay
+    made = make(split, policy, config, share, saved_by_torch)
+    if config.replay == "auto" and any(isinstance(s, Replayed) for s in made.spared):
+        other = make(again(), policy, config, 0.0, saved_by_torch)
         if other.peak(config) < WORTH * made.peak(config):
-            made, taken = other, without
+            made, share = other, 0.0
     fitted: Fitted | None = None
     ways: Mapping[str, Choice] = {}
     if policy.exact is None and config.pinned is not None:
@@ -105,7 +107,7 @@ def partition(
         fitted = fit(made.split, made.plan, policy, config, memory_by_torch.peak)
         ways = fitted.ways
     if ways or only is not None:
-        made = make(again(), policy, taken, saved_by_torch, ways, only)
+        made = make(again(), policy, config, share, saved_by_torch, ways, only)
 
     report = record(
         made.split, made.plan, saved_by_torch, made.saved, fused, made.spared, made.reached, memory_by_torch, config,
@@ -141,6 +143,7 @@ def make(
     split: Split,
     policy: Policy,
     config: Config,
+    share: float,
     saved_by_torch: Sequence[SavedActivation],
     ways: Mapping[str, Choice] = MappingProxyType({}),
     only: frozenset[str] | None = None,
@@ -148,11 +151,12 @@ def make(
     """Decides how each saved activation is kept, and writes both graphs so.
 
     Args:
+        share: of the forward's work, that backward may do again.
         ways: what is kept otherwise than the rules say, by the activation's key.
         only: as in `partition`.
     """
     saved = find(split)
-    chosen, spared = decide(split, policy, config)
+    chosen, spared = decide(split, policy, config, share)
     if ways:
         chosen = chosen.taking(ways, policy.min_bytes)
     if only is not None:
@@ -205,7 +209,7 @@ def names_of_parameters(joint: fx.GraphModule, options: Mapping[str, Any]) -> li
     return [names[i] for i in options.get("static_lifetime_input_indices") or ()]
 
 
-def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spared]]:
+def decide(split: Split, policy: Policy, config: Config, share: float) -> tuple[Plan, list[Spared]]:
     """Chooses how each saved activation is kept; nothing of the gradients is lost yet.
 
     Changes what is saved: masks that act together become one, and what backward can do without is not saved; the latter
@@ -228,8 +232,8 @@ def decide(split: Split, policy: Policy, config: Config) -> tuple[Plan, list[Spa
     if config.rebuild:
         spared += commute(split, [a for a in wanted() if kind(a.node).bits is not None], kind)
         spared += rebuild(split, wanted(), dependences(), kind)
-    if config.replay:
-        spared += replay(split, wanted(), config.replay)
+    if share:
+        spared += replay(split, wanted(), share)
     if config.rebuild:
         narrow(split)
     spared += redraw(split, [a for a in find(split) if a.refusal is None and kind(a.node).compresses(a)])
@@ -249,8 +253,8 @@ def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -
     tile(split.backward.graph)
     late(split)
     for module in (split.forward, split.backward):
-        scale(module.graph)
         accumulate(module.graph)
+        scale(module.graph)
         module.recompile()
 
 

@@ -103,6 +103,7 @@ class Config:
             from the norm's input; a layer's aggregate, where it can aggregate the gradient instead.
         replay: what a first layer makes of the model's inputs is not saved but computed again in backward, exactly, as
             long as that takes at most this share of the forward's work: one layer of three fits 0.4; 0 for never.
+            "auto" is 0.4 where the predicted peak of a step is no higher for it, else 0.
         fast_dropout: on the CPU, what dropout drops is hashed from a seed, much faster than drawn numbers, and made
             anew in backward; False leaves torch's own random numbers.
         standardise: what a BatchNorm reads, or a linear layer returns, is rounded after each column was brought to mean
@@ -150,7 +151,7 @@ class Config:
     projection: int | None = None
     method: Rule | None = None
     rebuild: bool = True
-    replay: float = 0.4
+    replay: float | Literal["auto"] = "auto"
     fast_dropout: bool = True
     standardise: bool = True
     fuse: bool = True
@@ -173,8 +174,8 @@ class Config:
         for name in ("rebuild", "fast_dropout", "standardise", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not isinstance(self.replay, (int, float)) or isinstance(self.replay, bool) or not 0 <= self.replay <= 1:
-            raise ValueError(f"replay must be a number from 0 to 1, got {self.replay!r}")
+        if self.replay != "auto" and (type(self.replay) not in (int, float) or not 0 <= self.replay <= 1):
+            raise ValueError(f'replay must be a number from 0 to 1 or "auto", got {self.replay!r}')
         for name, least in (("block", 8), ("min_bytes", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -80,7 +80,8 @@ def unrounded(
             fuse(joint, num_fwd_outputs, config, keywords)
             split = cut(joint, joint_inputs, num_fwd_outputs, **keywords)
             policy = config.policy()
-            watching.planned(decide(split, policy, config)[0], policy)
+            share = 0.0 if config.replay == "auto" else config.replay  # without, all is saved that may be
+            watching.planned(decide(split, policy, config, share)[0], policy)
             split.finish()
             return split.forward, split.backward
 

@@ -47,12 +47,20 @@ def _scaled(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     """Rows, and one number for each of them, which a node multiplies them with or divides them by."""
     match node:
         case fx.Node(target=aten.div.Tensor, args=(fx.Node() as rows, fx.Node() as factor)):
-            pairs = [(rows, factor, True)]
+            pairs = [(rows, _column(factor), True)]
         case fx.Node(target=aten.mul.Tensor, args=(fx.Node() as one, fx.Node() as other)):
-            pairs = [(one, other, False), (other, one, False)]
+            pairs = [(one, _column(other), False), (other, _column(one), False)]
         case _:
             return None
     return next((p for p in pairs if _fits(node, *p[:2])), None)
+
+
+def _column(node: fx.Node) -> fx.Node:
+    """The column that a node repeats, or the node itself."""
+    match node:
+        case fx.Node(target=aten.expand.default, args=(fx.Node() as column, _)):
+            return column
+    return node
 
 
 def _fits(node: fx.Node, rows: fx.Node, factor: fx.Node) -> bool:
