@@ -347,7 +347,7 @@ def smallest() -> Config:
 
     A step's gradients are noisy, if less so than those of EXACT or i-EXACT.
     """
-    return Config(bits=2, nonlinear_bits=1, rows_per_block=2, projection=8)
+    return Config(bits=2, nonlinear_bits=1, rows_per_block=2, projection=8, replay=0.4)
 
 
 GROUPS = (2, 4, 8, 16, 32, 64)

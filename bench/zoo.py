@@ -205,7 +205,7 @@ def _rgcn(size: Size, dropout: float, checkpointed: bool) -> Problem:
 
 @_model(
     "sampled",
-    "SAGEConv, 3 layers of 256, BatchNorm, dropout 0.5, batches of NeighborLoader: 15, 10, 5 neighbours of 1,024 nodes",
+    "SAGEConv, 3 layers of 256, BatchNorm, dropout 0.5, batches of NeighborLoader of changing sizes: 15, 10, 5",
     dropout=0.5,
 )
 def _sampled(size: Size, dropout: float, checkpointed: bool) -> Problem:
