@@ -56,7 +56,7 @@ def test_our_plans_for_the_published_network() -> None:
     assert default["saved_bytes"] < four["saved_bytes"] < default["saved_bytes_before"] / 40
     assert default["their_megabytes"] <= accounting.PUBLISHED[64] / 2  # half of i-EXACT's best
     assert default["their_megabytes"] * MB == default["saved_bytes"] + 8 * setting.training_nodes
-    assert plan(setting, {"replay": 0.4, "bits": 2}, edges=2_315_598) == default  # both directions: nothing saved has a row per edge
+    assert plan(setting, {"replay": 0.4, "bits": 2}, edges=2_315_598) == default  # nothing has a row per edge
 
 
 def test_their_convention_adds_labels_only() -> None:
