@@ -17,10 +17,11 @@ from .checking.calibrate import calibrate
 from .checking.check import check
 from .checking.measure import measure
 from .checking.report import CheckReport
-from .config import Config, bits, cast, exact, iexact, keep, lossless, low_rank, prune, sample_rows, smallest
+from .config import Config, exact, iexact, smallest
 from .exchange import compress_gradients
 from .report import Report
 from .report.saved_plan import SavedPlan
+from .rules import bits, cast, keep, lossless, low_rank, prune, sample_rows
 
 __all__ = [
     "CheckReport",

@@ -18,8 +18,9 @@ from torch import nn
 import actcompile
 from actcompile import datasets
 from actcompile._estimate import fits, meta_inputs
-from actcompile.config import METADATA, PRESETS, Config, Rule, bits, keep, lossless, parse_budget
+from actcompile.config import METADATA, PRESETS, Config, parse_budget
 from actcompile.kernels.blocks.format import BITS, LEVELS
+from actcompile.rules import Rule, bits, keep, lossless
 
 MODELS = {"sage": "GraphSAGE", "gcn": "GCN", "gin": "GIN", "gat": "GAT"}  # of torch_geometric.nn
 

@@ -1,4 +1,4 @@
-"""What a user can set: `Config`, and the rules for single modules."""
+"""What a user can set: `Config`, and presets by name."""
 
 import functools
 import re
@@ -14,71 +14,12 @@ from actcompile.passes.plan.plan import Policy
 
 from .report.data import Settings
 from .report.saved_plan import SavedPlan
+from .rules import METHODS, Rule, rule_of, with_rule
 
 Inner = Literal["inductor", "aot_eager"]
 METADATA = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-CASTS = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How to keep what a module saves; made by `keep`, `lossless`, `bits`, or a method such as `sample_rows`."""
-
-    name: str
-    value: Any = None
-
-    def __str__(self) -> str:
-        return f"actcompile.{self.name}({'' if self.value is None else repr(self.value)})"
-
-
-def keep() -> Rule:
-    """Keeps everything that a module saves as it is."""
-    return Rule("keep")
-
-
-def lossless() -> Rule:
-    """Uses lossless codecs only: masks in bits, narrow integers, constants made anew; floats stay exact."""
-    return Rule("lossless")
-
-
-def bits(number: int) -> Rule:
-    """Keeps every float that a module saves in `number` bits, 1, 2, 4 or 8, whether that biases a gradient or not."""
-    if number not in BITS:
-        raise ValueError(f"bits(number): number must be one of {BITS}, got {number!r}")
-    return Rule("bits", number)
-
-
-def prune(ratio: int) -> Rule:
-    """Keeps of every row the one in `ratio` elements of largest magnitude. Biased; for floats used linearly only."""
-    return _method("prune", ratio)
-
-
-def low_rank(ratio: int) -> Rule:
-    """Keeps the best approximation of rank `width // ratio`. Biased; for floats used linearly only."""
-    return _method("low_rank", ratio)
-
-
-def sample_rows(ratio: int) -> Rule:
-    """Keeps one in `ratio` rows, weighted (WTA-CRS, NeurIPS 2023). Unbiased; for floats used linearly only."""
-    return _method("sample_rows", ratio)
-
-
-def cast(dtype: str) -> Rule:
-    """Rounds every float to nearest in "bfloat16", "float8_e4m3fn" or "float8_e5m2". Biased."""
-    if dtype not in CASTS:
-        raise ValueError(f"cast(dtype): dtype must be one of {', '.join(map(repr, CASTS))}, got {dtype!r}")
-    return Rule("cast", dtype)
-
-
-def _method(name: str, ratio: int) -> Rule:
-    if not isinstance(ratio, int) or isinstance(ratio, bool) or ratio < 2:
-        raise ValueError(f"{name}(ratio): ratio must be an integer of at least 2, got {ratio!r}")
-    return Rule(name, ratio)
-
-
-METHODS = ("prune", "low_rank", "sample_rows", "cast")
 SETTINGS = (  # what decides which activations there are and may be rounded: part of a saved plan
     *("bits", "nonlinear_bits", "block", "levels", "metadata", "min_bytes", "rules", "when", "rows_per_block"),
     *("projection", "method", "rebuild", "replay", "fast_dropout", "standardise", "fuse"),
@@ -284,8 +225,8 @@ class Config:
             fitted=self.fitted,
         )
         if self.method is not None:
-            base = _with_rule(base, self.method)
-        rules = tuple((pattern, _with_rule(base, rule)) for pattern, rule in dict(self.rules).items())
+            base = with_rule(base, self.method)
+        rules = tuple((pattern, with_rule(base, rule)) for pattern, rule in dict(self.rules).items())
         if not training and self.when == "training":
             base, *others = (_exact(policy) for policy in (base, *(policy for _, policy in rules)))
             rules = tuple((pattern, policy) for (pattern, _), policy in zip(rules, others, strict=True))
@@ -295,19 +236,6 @@ class Config:
 def _exact(policy: Policy) -> Policy:
     reason = 'the model is in eval mode: gradients are exact (when="always" rounds here, too)'
     return replace(policy, bits=None, nonlinear_bits=None, method=None, exact=reason)
-
-
-def _with_rule(policy: Policy, rule: Rule) -> Policy:
-    match rule.name:
-        case "keep":
-            return replace(policy, lossless=False)
-        case "lossless":
-            return replace(policy, bits=None, nonlinear_bits=None, method=None)
-        case "bits":
-            return replace(policy, bits=rule.value, nonlinear_bits=rule.value, method=None)
-        case "cast":
-            return replace(policy, method=(rule.name, CASTS[rule.value]))
-    return replace(policy, method=(rule.name, rule.value))
 
 
 def exact() -> Config:
@@ -403,26 +331,12 @@ def _plain(value: Any) -> Any:
 def _unplain(name: str, value: Any) -> Any:
     """The inverse, of the field `name`."""
     if name == "method" and value is not None:
-        return _rule(value)
+        return rule_of(value)
     if name != "rules":
         return value
     if not isinstance(value, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
         raise ValueError(f"plan: rules must be pairs of a pattern and a rule, got {value!r}")
-    return tuple((pattern, _rule(rule)) for pattern, rule in value)
-
-
-def _rule(value: Any) -> Rule:
-    name, parameter = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
-    makers: dict[str, Callable[[Any], Rule]] = {
-        "keep": lambda _: keep(),
-        "lossless": lambda _: lossless(),
-        "bits": bits,
-        "cast": cast,
-    }
-    makers |= {"prune": prune, "low_rank": low_rank, "sample_rows": sample_rows}
-    if name not in makers:
-        raise ValueError(f"plan: there is no rule {name!r}; known are {', '.join(makers)}")
-    return makers[name](parameter)
+    return tuple((pattern, rule_of(rule)) for pattern, rule in value)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

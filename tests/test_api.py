@@ -13,13 +13,7 @@ import actcompile
 from actcompile import Config, Report, bits, compress, explain, keep, lossless
 from tests.helpers import EXACT, FAST, SAVED, Mlp, assert_equal, gnn, graph, loss, step, uncompressed
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def codecs(report: Report) -> list[list[str]]:

@@ -17,12 +17,7 @@ from tests.helpers import EXACT, FAST, SAVED, assert_close, assert_equal, graph,
 INPUTS = graph(nodes=256, edges=1024)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Base(nn.Module):

@@ -12,12 +12,7 @@ from tests.helpers import SAVED, gnn, graph, step
 INPUTS = graph()
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Layers(nn.Module):

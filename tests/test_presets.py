@@ -8,10 +8,7 @@ from actcompile import Config, cast, exact, iexact, low_rank, prune, sample_rows
 from actcompile.config import PRESETS
 from tests.helpers import FAST, SAVED, assert_close, gnn, graph, step
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def rows(config, model=None):

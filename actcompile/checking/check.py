@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from actcompile.passes.graph import _torch
 
 from ..api import _check_rules, _configs
-from ..config import Config, Rule, bits, lossless
+from ..config import Config
+from ..rules import Rule, bits, lossless
 from .bias_test import Errors, score
 from .data import GradientCheck, Remedy, Suspect, claim
 from .draws import Graphs, Task, Variant, undisturbed

@@ -19,8 +19,8 @@ from actcompile.passes.graph.find import memory_order
 from actcompile.passes.plan.plan import Choice, Plan, Policy
 from actcompile.passes.spare.dropout import dropout
 
-from ..backend import cut, decide, fuse
 from ..config import Config
+from ..pipeline import cut, decide, fuse
 from ..tracing.capture import whole_graphs
 from ..tracing.trace import isolated
 

@@ -13,7 +13,7 @@ from torch import fx
 from actcompile.kernels.edges.ops import aggregation, prepare
 
 from ..graph import _torch
-from ..graph.split import call, inherit_origin, is_tensor, is_view, root
+from ..graph.split import call, inherit_origin, is_tensor, readers_of, root
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 
@@ -23,9 +23,11 @@ def scale(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=ops.aggregate.default):
         matrix, weight, take, take_row, by, by_row, nodes, grouped = node.args
         found = _scaled(matrix) if weight is None and len(matrix.users) == 1 else None
-        if found is None or not _is_read_behind(found[0], node):
+        if found is None:
             continue
         rows, factor, divides = found
+        if all(reader < node for reader in readers_of(root(rows))):  # then nothing else takes memory there
+            continue
         dtype = str(matrix.meta["val"].dtype).removeprefix("torch.")
         program = aggregation(dtype, scale=True)
         prepare(program, matrix.meta["val"].device)
@@ -71,12 +73,3 @@ def _fits(node: fx.Node, rows: fx.Node, factor: fx.Node) -> bool:
         return False
     same = zip((*value.shape, *other.shape), (*made.shape, made.shape[0], 1), strict=True)
     return isinstance(made.shape[1], int) and all(_torch.known_true(a == b) for a, b in same)
-
-
-def _is_read_behind(rows: fx.Node, node: fx.Node) -> bool:
-    """Whether the memory of rows is read behind a node, so that nothing else could take its place there."""
-    views, behind = [root(rows)], False
-    for view in views:
-        views += [user for user in view.users if is_view(user) and user.op != "output"]
-        behind |= any(user > node for user in view.users if user not in views)
-    return behind

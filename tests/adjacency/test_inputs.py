@@ -42,15 +42,10 @@ LAYERS = {
     "EGConv": lambda i, o: EGConv(i, o, num_heads=2, aggregators=["sum", "max", "symnorm"]),
 }
 ROWS = 40
-pytestmark = pytest.mark.filterwarnings("ignore:.*(beta state|invariant|Converting sparse|Lazy modules).*")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore:.*(beta state|invariant|Converting sparse|Lazy modules).*"),
+]
 
 
 @pytest.fixture

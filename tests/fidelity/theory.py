@@ -12,12 +12,12 @@ from scipy.stats import chi2
 from scipy.stats import t as student
 from torch import Tensor, fx, nn
 
-from actcompile.backend import partition
 from actcompile.config import Config
 from actcompile.kernels import BlockFormat
 from actcompile.kernels.blocks.levels import level_values
 from actcompile.kernels.blocks.quantize import round_outward
 from actcompile.passes.graph import _torch
+from actcompile.pipeline import partition
 from tests.fidelity.measure import ALARM
 
 LEAST_FREEDOM = 50.0

@@ -66,12 +66,7 @@ class Net(torch.nn.Module):
         return self.last(x, edges)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def graph(nodes: int = 50, edges: int = 200) -> tuple[torch.Tensor, torch.Tensor]:

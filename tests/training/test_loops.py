@@ -18,16 +18,8 @@ from torch_geometric.utils import negative_sampling
 from actcompile import compress, explain
 from tests.helpers import EXACT, SAVED, assert_close, assert_equal, gnn, graph, uncompressed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 ROUNDED = {**SAVED, "bits": 8, "nonlinear_bits": 8}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 def compare(model, train, within=0.05):

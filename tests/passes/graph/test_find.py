@@ -9,13 +9,7 @@ from actcompile.passes.graph.find import dense_order, find
 from actcompile.passes.graph.split import is_tensor
 from tests.helpers import Mlp, gnn, graph, uncompressed
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def found(function, *inputs, dynamic=None):

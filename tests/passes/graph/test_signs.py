@@ -6,10 +6,7 @@ import torch
 from actcompile.passes.graph.signs import never_negative
 from tests.helpers import Mlp, gnn, graph, uncompressed
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def verdicts(function, *inputs):

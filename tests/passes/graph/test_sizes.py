@@ -11,12 +11,7 @@ from actcompile.passes.graph import _torch
 from actcompile.passes.graph.sizes import sizes
 from actcompile.tracing.capture import whole_graphs
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def joint_sizes(function, *inputs, dynamic=None):

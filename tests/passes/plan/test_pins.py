@@ -26,12 +26,7 @@ from tests.helpers import FAST, assert_equal, gnn, graph, quickly, step
 OPTIONS = {**FAST, "replay": 0}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Net(nn.Module):
@@ -94,7 +89,7 @@ def test_a_pinned_plan_is_taken_as_it_is_without_planning(name, bounds, monkeypa
 
     free = explain(make(), *INPUTS, options={**OPTIONS, **bounds})
     plan = free.plan()
-    monkeypatch.setattr(sys.modules["actcompile.backend"], "fit", None)
+    monkeypatch.setattr(sys.modules["actcompile.pipeline"], "fit", None)
     found = pinned(make(), plan)
     assert found.plan() == plan and found.saved_bytes_after == free.saved_bytes_after
     assert [(r.key, r.codec, r.bytes_after) for r in found.graphs[0].rows] == [

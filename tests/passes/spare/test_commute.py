@@ -19,9 +19,7 @@ ROWS, EDGES, WIDTH = 24, 60, 8
 STEPS = ("scatter_add", "index_add", "index_put", "gather", "by row", "by edge", "halve", "plus itself", "twice")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def apply(name, x, source, target, by_row, by_edge):

@@ -10,12 +10,7 @@ from tests.helpers import EXACT, FAST, SAVED, assert_equal, step, uncompressed
 X = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(one_thread):
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 class Filter(nn.Module):

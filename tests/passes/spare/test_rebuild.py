@@ -8,10 +8,7 @@ import actcompile
 from actcompile import Config, bits, keep
 from tests.helpers import EXACT, FAST, assert_equal, gnn, graph, step, uncompressed
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 torch.manual_seed(0)

@@ -17,10 +17,7 @@ INPUTS = graph(nodes=256, edges=1024)
 REPLAY = {**FAST, "replay": 0.4}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def report(model, *inputs, **options):
@@ -282,3 +279,14 @@ def test_by_default_nothing_is_made_again_that_makes_the_peak():
             made = actcompile.explain(model, *INPUTS, config=Config(**{**FAST, "replay": replay}))
             found[replay] = made.graphs[0].memory_after.peak
         assert found["auto"] <= 1.02 * min(found.values())
+
+
+def test_by_default_a_first_layer_is_made_again_that_makes_no_peak():
+    model = build("sage", 128, 40, hidden=256, layers=2)
+    x, edge_index = (t.to("meta") for t in graph(nodes=20_000, edges=140_000, features=128))
+    auto, never = (
+        actcompile.explain(model.to("meta"), x, edge_index, options={"replay": replay}) for replay in ("auto", 0)
+    )
+    assert any("computes it again from inputs" in row.reason for row in auto.graphs[0].rows)
+    assert auto.saved_bytes_after < never.saved_bytes_after
+    assert auto.graphs[0].memory_after.peak <= 1.02 * never.graphs[0].memory_after.peak

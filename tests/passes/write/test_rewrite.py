@@ -14,12 +14,7 @@ torch.manual_seed(0)
 X, W, V = torch.randn(64, 16), torch.randn(16, 32, requires_grad=True), torch.randn(32, 4, requires_grad=True)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def rewritten(function, *inputs, dynamic=None, **options):

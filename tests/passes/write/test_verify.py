@@ -11,11 +11,7 @@ from tests.helpers import FAST, count, every_pass, uncompressed
 ops = torch.ops.actcompile
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 torch.manual_seed(0)

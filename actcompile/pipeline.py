@@ -1,0 +1,272 @@
+"""The whole pipeline, top to bottom: from a joint graph to the rewritten forward and backward graphs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from torch import fx
+
+from actcompile.passes.codecs.standardise import offer
+from actcompile.passes.edges.by_node import by_node
+from actcompile.passes.edges.edges import Fused, edges
+from actcompile.passes.graph import _torch
+from actcompile.passes.graph.bias import Dependence, bias
+from actcompile.passes.graph.find import SavedActivation, find
+from actcompile.passes.graph.origin import module_path
+from actcompile.passes.graph.reach import reach
+from actcompile.passes.graph.sizes import sizes
+from actcompile.passes.graph.split import Split
+from actcompile.passes.plan.fit import Fitted
+from actcompile.passes.plan.memory import lifetimes, live_bytes
+from actcompile.passes.plan.pins import parameters_of, pinned
+from actcompile.passes.plan.plan import Choice, Plan, Policy, plan
+from actcompile.passes.spare.apart import apart
+from actcompile.passes.spare.commute import commute
+from actcompile.passes.spare.dropout import dropout, redraw
+from actcompile.passes.spare.masks import masks
+from actcompile.passes.spare.narrow import narrow
+from actcompile.passes.spare.reals import reals
+from actcompile.passes.spare.rebuild import rebuild
+from actcompile.passes.spare.replay import Replayed, replay
+from actcompile.passes.spare.views import views
+from actcompile.passes.write.accumulate import accumulate
+from actcompile.passes.write.late import late
+from actcompile.passes.write.rewrite import rewrite
+from actcompile.passes.write.scale import scale
+from actcompile.passes.write.tile import tile
+from actcompile.passes.write.verify import verify
+
+from .bounds import fit
+from .config import Config
+from .report import cache as _report_cache
+from .report import log as _log
+from .report.data import GraphReport
+from .report.record import Spared, memory, outlook, record
+from .tracing.call import Situation
+
+REPLAY = 0.4  # of the forward's work, that backward may do again from a model's inputs
+WORTH = 0.98  # of a step's peak: where it falls below without that, it is not done
+_reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
+
+
+def partition(
+    joint: fx.GraphModule,
+    inputs: Sequence[object],
+    *,
+    config: Config,
+    situation: Situation = Situation(),  # noqa: B008  frozen
+    num_fwd_outputs: int,
+    only: frozenset[str] | None = None,
+    **options: Any,
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Partitions a joint graph as torch does, then rewrites both graphs so that saved activations are kept encoded.
+
+    Args:
+        joint, inputs, num_fwd_outputs, options: as torch's `min_cut_rematerialization_partition` takes them.
+        config: how activations are kept.
+        only: where given, the keys of the activations that may be rounded; all others are exact.
+        situation: which part of a call the graph is.
+    """
+    if config.fast_dropout:
+        dropout(joint, num_fwd_outputs)
+    plain = _copied(joint) if config.fuse else joint
+    fused, moved = fuse(joint, num_fwd_outputs, config, options)
+
+    def again(graph: fx.GraphModule = joint) -> Split:
+        return cut(_copied(graph), inputs, num_fwd_outputs, situation, **options)
+
+    split = again()
+    by_torch = again(plain) if moved or any(not region.reason for region in fused) else split
+    saved_by_torch, memory_by_torch = find(by_torch), memory(by_torch, config)
+    policy = config.policy(situation.training)
+    share = REPLAY if config.replay == "auto" else config.replay
+    made = make(split, policy, config, share, saved_by_torch)
+    if config.replay == "auto" and any(isinstance(s, Replayed) for s in made.spared):
+        other = make(again(), policy, config, 0.0, saved_by_torch)
+        if other.peak(config) < WORTH * made.peak(config):
+            made, share = other, 0.0
+    fitted: Fitted | None = None
+    ways: Mapping[str, Choice] = {}
+    if policy.exact is None and config.pinned is not None:
+        keys = set(made.split.keys.known.values())
+        shapes = parameters_of(made.split)
+        ways = pinned(config.pinned.graphs, made.plan, keys, shapes, situation.training, policy)
+    elif policy.exact is None and (config.bounded or config.measured):
+        fitted = fit(made.split, made.plan, policy, config, memory_by_torch.peak)
+        ways = fitted.ways
+    if ways or only is not None:
+        made = make(again(), policy, config, share, saved_by_torch, ways, only)
+
+    report = record(
+        made.split, made.plan, saved_by_torch, made.saved, fused, made.spared, made.reached, memory_by_torch, config,
+        situation,
+    )  # fmt: skip
+    if fitted is not None:
+        report = replace(report, outlook=outlook(fitted))
+    _report_cache.attach(joint, asdict(report))
+    _announce(report)
+    return made.split.forward, made.split.backward
+
+
+@dataclass(frozen=True)
+class Made:
+    """Graphs that are written, the plan they were written by, and what the report says of them.
+
+    saved: what was saved of the fused graph before anything was decided.
+    """
+
+    split: Split
+    saved: Sequence[SavedActivation]
+    plan: Plan
+    spared: list[Spared]
+    reached: Mapping[fx.Node, tuple[int, ...]]
+
+    def peak(self, config: Config) -> int:
+        """The peak of a step in bytes, as it is predicted."""
+        nodes = len(self.split.forward.graph.nodes) + len(self.split.backward.graph.nodes)
+        return max(live_bytes(lifetimes(self.split, config.inner == "inductor"), nodes), default=0)
+
+
+def make(
+    split: Split,
+    policy: Policy,
+    config: Config,
+    share: float,
+    saved_by_torch: Sequence[SavedActivation],
+    ways: Mapping[str, Choice] = MappingProxyType({}),
+    only: frozenset[str] | None = None,
+) -> Made:
+    """Decides how each saved activation is kept, and writes both graphs so.
+
+    Args:
+        share: of the forward's work, that backward may do again.
+        ways: what is kept otherwise than the rules say, by the activation's key.
+        only: as in `partition`.
+    """
+    saved = find(split)
+    chosen, spared = decide(split, policy, config, share)
+    if ways:
+        chosen = chosen.taking(ways, policy.min_bytes)
+    if only is not None:
+        chosen = chosen.rounding_only(only)
+    reached = reach(split)
+    write(split, chosen, saved_by_torch)
+    return Made(split, saved, chosen, spared, reached)
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    graph.output_node().meta.update(module.graph.output_node().meta)
+    return fx.GraphModule(module, graph)
+
+
+def fuse(
+    joint: fx.GraphModule, num_fwd_outputs: int, config: Config, options: Mapping[str, Any]
+) -> tuple[list[Fused], bool]:
+    """Fuses the message passing of a joint graph, in place; `options` are those of `partition`.
+
+    Returns:
+        the regions, and whether products were moved from edges to nodes.
+    """
+    sizes(joint.graph)
+    if not config.fuse:
+        return [], False
+    moved = by_node(joint.graph)
+    return edges(joint.graph, num_fwd_outputs, names_of_parameters(joint, options)), moved
+
+
+def cut(
+    joint: fx.GraphModule,
+    inputs: Sequence[object],
+    num_fwd_outputs: int,
+    situation: Situation = Situation(),  # noqa: B008
+    **options: Any,
+) -> Split:
+    """Partitions a joint graph as torch does."""
+    forward, backward = _torch.min_cut_rematerialization_partition(
+        joint, inputs, num_fwd_outputs=num_fwd_outputs, **options
+    )
+    parameters = names_of_parameters(joint, options)
+    return Split(forward, backward, num_fwd_outputs, parameters, situation.crossing, situation.handed_on)
+
+
+def names_of_parameters(joint: fx.GraphModule, options: Mapping[str, Any]) -> list[str]:
+    """The names of the inputs that live from step to step: parameters and buffers."""
+    names = [n.name for n in joint.graph.find_nodes(op="placeholder")]
+    return [names[i] for i in options.get("static_lifetime_input_indices") or ()]
+
+
+def decide(split: Split, policy: Policy, config: Config, share: float) -> tuple[Plan, list[Spared]]:
+    """Chooses how each saved activation is kept; nothing of the gradients is lost yet.
+
+    Changes what is saved: masks that act together become one, and what backward can do without is not saved; the latter
+    is returned, too.
+    """
+
+    def kind(node: fx.Node) -> Policy:
+        return policy.for_module(module_path(node))
+
+    def wanted() -> list[SavedActivation]:
+        return [a for a in find(split) if a.refusal is None and kind(a.node).wants(a)]
+
+    def dependences() -> dict[fx.Node, Dependence]:
+        floats = [a for a in find(split) if a.refusal is None and a.value.is_floating_point()]
+        return bias(split.backward.graph, [a.placeholder for a in floats])
+
+    spared: list[Spared] = [*views(split, find(split), lambda n: policy.for_module(module_path(n)), policy.min_bytes)]
+    spared += reals(split, [a for a in find(split) if a.refusal is None and policy.for_module(a.module).compresses(a)])
+    masks(split, kept=[a.placeholder for a in find(split) if not policy.for_module(a.module).lossless])
+    if config.rebuild:
+        spared += commute(split, [a for a in wanted() if kind(a.node).bits is not None], kind)
+        spared += rebuild(split, wanted(), dependences(), kind)
+    if share:
+        spared += replay(split, wanted(), share)
+    if config.rebuild:
+        narrow(split)
+    spared += redraw(split, [a for a in find(split) if a.refusal is None and kind(a.node).compresses(a)])
+    saved_apart = apart(split, [a for a in wanted() if kind(a.node).method is None], kind)
+    spared = [s for s in spared if s.activation.node not in saved_apart]
+    offer(split, [a for a in wanted() if kind(a.node).standardise])
+    return plan(find(split), dependences(), policy), spared
+
+
+def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -> None:
+    """Rewrites both graphs as a plan says, and has them hold little at once."""
+    outputs, gradients = list(split.user_outputs), _number_of_outputs(split.backward)
+    rewrite(split, plan)
+    split.hand_on(split.symbols(saved_by_torch).values())
+    split.finish()
+    verify(split, plan, outputs, gradients)
+    tile(split.backward.graph)
+    late(split)
+    for module in (split.forward, split.backward):
+        accumulate(module.graph)
+        scale(module.graph)
+        module.recompile()
+
+
+def _number_of_outputs(graph_module: fx.GraphModule) -> int:
+    returned = graph_module.graph.output_node().args[0]
+    return len(returned) if isinstance(returned, (list, tuple)) else 1
+
+
+def _announce(report: GraphReport) -> None:
+    reports = _reports.get()
+    if reports is not None:
+        reports.append(report)
+    _log.graph(report)
+
+
+@contextmanager
+def recording() -> Iterator[list[GraphReport]]:
+    """Collects the reports of the graphs that are partitioned inside the block."""
+    reports: list[GraphReport] = []
+    token = _reports.set(reports)
+    try:
+        yield reports
+    finally:
+        _reports.reset(token)
