@@ -141,7 +141,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("config", "fields of actcompile.Config")
     number = [*map(str, BITS), "none"]
-    group.add_argument("--bits", choices=number)
+    group.add_argument("--bits", choices=[*number, "auto"])
     group.add_argument("--nonlinear-bits", choices=[*number, "auto"])
     group.add_argument("--block", type=int)
     group.add_argument("--preset", choices=list(PRESETS), metavar="NAME", help="such as exact, iexact-8, iexact-64-vm")

@@ -25,6 +25,7 @@ SETTINGS = (  # what decides which activations there are and may be rounded: par
     *("projection", "method", "rebuild", "replay", "fast_dropout", "standardise", "fuse"),
 )
 CHOOSING = ("fitted", "budget", "max_gradient_error", "max_slowdown", "measured")  # what a saved plan stands for
+COARSE, FINE = 2, 4  # bits of "auto"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Config:
 
     Args:
         bits: bits per element of floats whose rounding leaves every gradient unbiased: 1, 2, 4, 8, or None (exact).
+            "auto" is 4 where what is saved takes no more for it than an eighth of a step's predicted peak, and
+            gradients have a fifth of the noise; else 2. Within bounds (`budget` and others) these choose.
         nonlinear_bits: the same for floats whose rounding biases some gradient; "auto" gives `bits` where the bias is
             the rounding's variance over 1024 elements or more (BatchNorm's input), 4 where over 8 or more, else 8.
         block: elements that share a minimum and a maximum; fitted to each tensor's width.
@@ -79,7 +82,7 @@ class Config:
         ValueError, TypeError: a field is wrong; the message names it.
     """
 
-    bits: int | None = 2
+    bits: int | Literal["auto"] | None = "auto"
     nonlinear_bits: int | Literal["auto"] | None = "auto"
     block: int = 64
     levels: Levels | Literal["auto"] = "auto"
@@ -106,7 +109,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.plan is not None:
             self._pin()
-        _one_of("bits", self.bits, (*BITS, None))
+        _one_of("bits", self.bits, (*BITS, "auto", None))
         _one_of("nonlinear_bits", self.nonlinear_bits, (*BITS, "auto", None))
         _one_of("levels", self.levels, ("auto", *LEVELS))
         _one_of("metadata", self.metadata, tuple(METADATA))
@@ -210,10 +213,13 @@ class Config:
         """Whether a plan has to meet bounds."""
         return any(b is not None for b in (self.budget, self.max_gradient_error, self.max_slowdown))
 
-    def policy(self, training: bool = True) -> Policy:
-        """The planner's view of this config, for a graph of a module that is in training mode or not."""
+    def policy(self, training: bool = True, bits: int = COARSE) -> Policy:
+        """The planner's view of this config, for a graph of a module that is in training mode or not.
+
+        bits: those of "auto".
+        """
         base = Policy(
-            bits=self.bits,
+            bits=bits if self.bits == "auto" else self.bits,
             nonlinear_bits=self.nonlinear_bits,
             block=self.block,
             levels=self.levels,

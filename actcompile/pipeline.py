@@ -1,9 +1,10 @@
 """The whole pipeline, top to bottom: from a joint graph to the rewritten forward and backward graphs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import fx
 from actcompile.passes.codecs.standardise import offer
 from actcompile.passes.edges.by_node import by_node
 from actcompile.passes.edges.edges import Fused, edges
+from actcompile.passes.edges.embeddings import embeddings
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.bias import Dependence, bias
 from actcompile.passes.graph.find import SavedActivation, find
@@ -19,7 +21,7 @@ from actcompile.passes.graph.origin import module_path
 from actcompile.passes.graph.reach import reach
 from actcompile.passes.graph.sizes import sizes
 from actcompile.passes.graph.split import Split
-from actcompile.passes.plan.fit import Fitted
+from actcompile.passes.plan.fit import Fitted, Impossible
 from actcompile.passes.plan.memory import lifetimes, live_bytes
 from actcompile.passes.plan.pins import parameters_of, pinned
 from actcompile.passes.plan.plan import Choice, Plan, Policy, plan
@@ -40,15 +42,17 @@ from actcompile.passes.write.tile import tile
 from actcompile.passes.write.verify import verify
 
 from .bounds import fit
-from .config import Config
+from .config import COARSE, FINE, Config
 from .report import cache as _report_cache
 from .report import log as _log
 from .report.data import GraphReport
 from .report.record import Spared, memory, outlook, record
+from .report.saved_plan import SavedPlan
 from .tracing.call import Situation
 
 REPLAY = 0.4  # of the forward's work, that backward may do again from a model's inputs
 WORTH = 0.98  # of a step's peak: where it falls below without that, it is not done
+ROOM = 1 / 8  # of a step's peak, that more bits may take
 _reports: ContextVar[list[GraphReport] | None] = ContextVar("actcompile_reports", default=None)
 
 
@@ -78,51 +82,111 @@ def partition(
     def again(graph: fx.GraphModule = joint) -> Split:
         return cut(_copied(graph), inputs, num_fwd_outputs, situation, **options)
 
-    split = again()
-    by_torch = again(plain) if moved or any(not region.reason for region in fused) else split
+    by_torch = again(plain if moved or any(not region.reason for region in fused) else joint)
     saved_by_torch, memory_by_torch = find(by_torch), memory(by_torch, config)
-    policy = config.policy(situation.training)
-    share = REPLAY if config.replay == "auto" else config.replay
-    made = make(split, policy, config, share, saved_by_torch)
-    if config.replay == "auto" and any(isinstance(s, Replayed) for s in made.spared):
-        other = make(again(), policy, config, 0.0, saved_by_torch)
-        if other.peak(config) < WORTH * made.peak(config):
-            made, share = other, 0.0
     fitted: Fitted | None = None
     ways: Mapping[str, Choice] = {}
-    if policy.exact is None and config.pinned is not None:
-        keys = set(made.split.keys.known.values())
-        shapes = parameters_of(made.split)
-        ways = pinned(config.pinned.graphs, made.plan, keys, shapes, situation.training, policy)
-    elif policy.exact is None and (config.bounded or config.measured):
-        fitted = fit(made.split, made.plan, policy, config, memory_by_torch.peak)
+    precision, exact = "", config.policy(situation.training).exact is not None
+    if config.pinned is not None and not exact:
+        made, ways = pin(again, config, config.pinned, situation.training, saved_by_torch)
+    else:
+        made, precision = settle(again, config, situation.training, saved_by_torch)
+    if (config.bounded or config.measured) and not exact:
+        fitted = fit(made.split, made.plan, made.policy, config, memory_by_torch.peak)
         ways = fitted.ways
     if ways or only is not None:
-        made = make(again(), policy, config, share, saved_by_torch, ways, only)
+        made = make(again(), made.policy, config, made.share, saved_by_torch, ways, only)
 
     report = record(
         made.split, made.plan, saved_by_torch, made.saved, fused, made.spared, made.reached, memory_by_torch, config,
         situation,
     )  # fmt: skip
-    if fitted is not None:
-        report = replace(report, outlook=outlook(fitted))
+    report = replace(report, precision=precision, outlook=outlook(fitted) if fitted is not None else None)
     _report_cache.attach(joint, asdict(report))
     _announce(report)
     return made.split.forward, made.split.backward
+
+
+def settle(
+    again: Callable[[], Split], config: Config, training: bool, saved_by_torch: Sequence[SavedActivation]
+) -> tuple["Made", str]:
+    """The graphs as the rules have them, and what a step's peak decides of the rules.
+
+    That is whether a first layer is done again (`replay="auto"`), and how many bits floats take (`bits="auto"`): the
+    peak falls little where less is saved than backward computes with, so that many bits cost little there.
+
+    Args:
+        again: makes both graphs anew, as torch cuts them.
+
+    Returns:
+        the graphs as written, and in words what decided the bits; empty where nothing was to decide.
+    """
+
+    def smaller(policy: Policy, coarser: Policy | None = None) -> Made:
+        share = REPLAY if config.replay == "auto" else config.replay
+        made = make(again(), policy, config, share, saved_by_torch, coarser=coarser)
+        if config.replay == "auto" and any(isinstance(s, Replayed) for s in made.spared):
+            other = make(again(), policy, config, 0.0, saved_by_torch, coarser=coarser)
+            if other.peak(config) < WORTH * made.peak(config):
+                return other
+        return made
+
+    coarse, fine = (config.policy(training, bits) for bits in (COARSE, FINE))
+    if fine == coarse or config.bounded:
+        return smaller(coarse), ""
+    made = smaller(fine, coarse)
+    if not made.finer:
+        return made, ""
+    peak = made.peak(config) - made.finer
+    takes = f"{made.finer / 1e6:,.2f} MB, {made.finer / max(peak, 1):.1%} of a step's peak"
+    if made.finer <= ROOM * peak:
+        return made, f"floats have {FINE} bits, which take {takes}, more than {COARSE} would"
+    return smaller(coarse), f"floats have {COARSE} bits: {FINE} would take {takes}, more"
+
+
+def pin(
+    again: Callable[[], Split],
+    config: Config,
+    saved: SavedPlan,
+    training: bool,
+    saved_by_torch: Sequence[SavedActivation],
+) -> tuple["Made", Mapping[str, Choice]]:
+    """The graphs as written by the rules, and the ways of a saved plan: under those rules, of what a step's peak
+    decided where the plan was made, that have the plan's activations.
+
+    Raises:
+        Impossible: none have.
+    """
+    refused = []
+    for bits, share in product((COARSE, FINE), (REPLAY, 0.0)):
+        policy = config.policy(training, bits)
+        made = make(again(), policy, config, share if config.replay == "auto" else config.replay, saved_by_torch)
+        keys, shapes = set(made.split.keys.known.values()), parameters_of(made.split)
+        try:
+            return made, pinned(saved.graphs, made.plan, keys, shapes, training, policy)
+        except Impossible as reason:
+            refused.append(reason)
+    raise refused[0]
 
 
 @dataclass(frozen=True)
 class Made:
     """Graphs that are written, the plan they were written by, and what the report says of them.
 
-    saved: what was saved of the fused graph before anything was decided.
+    Attributes:
+        policy, share: what the plan was made by, as `make` takes them.
+        saved: what was saved of the fused graph before anything was decided.
+        finer: bytes that the plan saves more than it would under a coarser policy.
     """
 
+    policy: Policy
+    share: float
     split: Split
     saved: Sequence[SavedActivation]
     plan: Plan
     spared: list[Spared]
     reached: Mapping[fx.Node, tuple[int, ...]]
+    finer: int = 0
 
     def peak(self, config: Config) -> int:
         """The peak of a step in bytes, as it is predicted."""
@@ -138,6 +202,7 @@ def make(
     saved_by_torch: Sequence[SavedActivation],
     ways: Mapping[str, Choice] = MappingProxyType({}),
     only: frozenset[str] | None = None,
+    coarser: Policy | None = None,
 ) -> Made:
     """Decides how each saved activation is kept, and writes both graphs so.
 
@@ -145,16 +210,18 @@ def make(
         share: of the forward's work, that backward may do again.
         ways: what is kept otherwise than the rules say, by the activation's key.
         only: as in `partition`.
+        coarser: a policy to compare with: what the plan takes more for its own is noted.
     """
     saved = find(split)
     chosen, spared = decide(split, policy, config, share)
+    finer = chosen.bytes_after - chosen.under(coarser).bytes_after if coarser is not None else 0
     if ways:
         chosen = chosen.taking(ways, policy.min_bytes)
     if only is not None:
         chosen = chosen.rounding_only(only)
     reached = reach(split)
     write(split, chosen, saved_by_torch)
-    return Made(split, saved, chosen, spared, reached)
+    return Made(policy, share, split, saved, chosen, spared, reached, finer)
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:
@@ -175,6 +242,7 @@ def fuse(
     sizes(joint.graph)
     if not config.fuse:
         return [], False
+    embeddings(joint.graph)
     moved = by_node(joint.graph)
     return edges(joint.graph, num_fwd_outputs, names_of_parameters(joint, options)), moved
 

@@ -143,6 +143,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
         "message passing fused, nothing compressed",
         {"rules": {"*": keep()}, "replay": 0, "rebuild": False},
     ),
+    "2-bit": ("2 bits for every float", {"bits": 2}),
     "4-bit": ("4 bits for every float", {"bits": 4}),
     "no-replay": ("its defaults, but the first layer is saved, not done again", {"replay": 0}),
     "smallest": ("preset smallest", {"preset": "smallest"}),

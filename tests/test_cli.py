@@ -105,7 +105,22 @@ def test_explain_a_file_with_its_inputs(
     monkeypatch.setenv("COLUMNS", "160")
     html, data = tmp_path / "out.html", tmp_path / "out.json"
     written = ["--html", str(html), "--json", str(data), "--code"]
-    assert main(["explain", f"{model_file}:make", "--inner", "aot_eager", "--nonlinear-bits", "none", *written]) == 0
+    assert (
+        main(
+            [
+                "explain",
+                f"{model_file}:make",
+                "--inner",
+                "aot_eager",
+                "--nonlinear-bits",
+                "none",
+                "--bits",
+                "2",
+                *written,
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "quantize(2 bits" in out and "torch.ops.actcompile.quantize" in out
     assert "<svg" in html.read_text()

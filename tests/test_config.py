@@ -15,7 +15,7 @@ from actcompile import Config, bits, keep, lossless
         ("bits", 3),
         ("bits", True),
         ("bits", "2"),
-        ("bits", "auto"),
+        ("bits", "Auto"),
         ("nonlinear_bits", 16),
         ("nonlinear_bits", "Auto"),
         ("block", 4),

@@ -16,7 +16,7 @@ from actcompile.passes.codecs.codecs import Quantize
 from actcompile.passes.plan.plan import Choice
 
 from ..api import _configs
-from ..config import Config
+from ..config import COARSE, FINE, Config
 from .observe import observed
 
 LIMIT = 2**22  # elements of an activation that are looked at in one step
@@ -41,8 +41,7 @@ def calibrate(model: nn.Module, *inputs: Any, steps: int = 3, config: Config | N
 
     Returns:
         the config with `fitted` filled: pairs of an activation's key, such as `convs.0/add`, and its levels, such as
-        `"0,0.8,2.1,3"`. Left out is what has no range, and a key that stands for different numbers of bits in several
-        graphs.
+        `"0,0.8,2.1,3"`, for each number of bits that it may have. Left out is what has no range.
 
     Raises:
         TypeError, ValueError: the model is no module, `steps` is less than 1, or an option is wrong.
@@ -63,17 +62,17 @@ def calibrate(model: nn.Module, *inputs: Any, steps: int = 3, config: Config | N
             new = Histogram.of(some_blocks(encoded, fmt.block, LIMIT), fmt)
             by_bits[fmt.bits] = by_bits[fmt.bits] + new if fmt.bits in by_bits else new
 
-    forward = observed(copy.deepcopy(model), look, made)
-    with torch.random.fork_rng(), torch.enable_grad():
-        for _ in range(steps):
-            forward(*inputs)
-    fitted = dict(made.fitted)
+    for config in [replace(made, bits=bits) for bits in (COARSE, FINE)] if made.bits == "auto" else [made]:
+        forward = observed(copy.deepcopy(model), look, config)
+        with torch.random.fork_rng(), torch.enable_grad():
+            for _ in range(steps):
+                forward(*inputs)
+    fitted = {(key, len(text.split(","))): text for key, text in made.fitted}
     for key, by_bits in histograms.items():
-        bits, histogram = next(iter(by_bits.items()))
-        ranged = histogram.mass.any() or histogram.atoms[:, 0].any()  # blocks of zeros have elements at 0 only
-        if len(by_bits) == 1 and ranged:
-            fitted[key] = levels_text(optimal_levels(histogram, 2**bits))
-    return replace(made, fitted=tuple(sorted(fitted.items())))
+        for bits, histogram in by_bits.items():
+            if histogram.mass.any() or histogram.atoms[:, 0].any():  # blocks of zeros have elements at 0 only
+                fitted[key, 2**bits] = levels_text(optimal_levels(histogram, 2**bits))
+    return replace(made, fitted=tuple(sorted((key, text) for (key, _), text in fitted.items())))
 
 
 def project(value: Tensor, columns: int, seed: int) -> Tensor:

@@ -227,6 +227,7 @@ class GraphReport:
         grouped: positions of the inputs whose edges are grouped by node for that, which is remembered across steps.
         remembered: bytes of these groupings now, after a run; reports of the same graph are equal whatever it is.
         memory_before, memory_after: what is alive when in a step, as torch alone has it, and now.
+        precision: what decided how many bits floats have, where that was left open.
         outlook: what the planner predicts, where bounds were given or noise was measured.
         settings: those fields of the config that a saved plan has; `parameters`: as in `PinnedGraph`.
     """
@@ -249,6 +250,7 @@ class GraphReport:
     remembered: int = field(default=0, compare=False)
     memory_before: Memory = Memory()
     memory_after: Memory = Memory()
+    precision: str = ""
     outlook: Outlook | None = None
     settings: Settings = ()
     parameters: tuple[str, ...] = ()

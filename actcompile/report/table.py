@@ -100,9 +100,9 @@ def _plan(graph: GraphReport) -> list[RenderableType]:
 
 
 def about_plan(graph: GraphReport) -> list[str]:
-    """What the planner predicts: the gradients' error, what greedy would have found, and the front of all plans."""
+    """What decided the bits, and what the planner predicts: the gradients' error, a greedy plan's, and the front."""
     if (plan := graph.outlook) is None:
-        return []
+        return [graph.precision] if graph.precision else []
     basis = "measured" if plan.measured else "guessed: actcompile.measure tells it from a run"
     time = f"{1e3 * plan.seconds:,.1f} ms to encode and decode"
     lines = [f"planned: rounding adds {share(plan.error)} to the gradients' error ({basis}), {time}"]

@@ -17,8 +17,8 @@ TOLERANCE = 0.05  # MB of 2**20
 EDGES = 1_166_243  # nothing that is saved has a row per edge: both directions, which the paper uses, cost the same
 PLANS: dict[str, dict[str, Any]] = {
     "default": {},
-    "default, bits=4": {"bits": 4},
-    "default, replay=0.4": {"replay": 0.4},
+    "default, bits=2": {"bits": 2},
+    "default, replay=0.4, bits=2": {"replay": 0.4, "bits": 2},
     "default, replay=0.4, bits=4": {"replay": 0.4, "bits": 4},
     "preset exact": {"preset": "exact"},
     "preset iexact-64": {"preset": "iexact-64"},

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from actcompile.kernels import BlockFormat
-from actcompile.kernels.blocks.format import EXPLICIT_BITS, LANES, Levels
+from actcompile.kernels.blocks.format import LANES, Levels
 
 from ..codecs.codecs import (
     EXACT,
@@ -59,7 +59,7 @@ class Policy:
             before they are rounded (EXACT's D/R); None: they are not.
         standardise: what a BatchNorm reads is rounded in the norm's own units.
         method: another codec for those floats than `Quantize`, as its name and its parameter.
-        fitted: levels for single activations, by `SavedActivation.key`.
+        fitted: levels for single activations, by `SavedActivation.key`, for one or several numbers of bits.
         min_bytes: tensors smaller than this are kept.
         lossless: False keeps everything as it is.
         exact: why no float is rounded, or None.
@@ -127,6 +127,11 @@ class Plan:
     @property
     def bytes_after(self) -> int:
         return sum(c.nbytes for c in self.choices)
+
+    def under(self, policy: Policy) -> "Plan":
+        """What the rule table chooses for the same activations under another policy."""
+        dependences = {c.activation.placeholder: c.dependence for c in self.choices if c.dependence is not None}
+        return plan([c.activation for c in self.choices], dependences, policy)
 
     def rounding_only(self, keys: Collection[str]) -> "Plan":
         """The same plan, in which floats are rounded only where the activation's key is one of `keys`."""
@@ -345,7 +350,8 @@ def fit_format(a: SavedActivation, bits: int, policy: Policy, columns: int = 0, 
 
     `signed`: what is rounded has both signs, whatever the activation has.
     """
-    levels = dict(policy.fitted).get(a.key) if bits in EXPLICIT_BITS else None
+    fitted = (text for key, text in policy.fitted if key == a.key and len(text.split(",")) == 2**bits)
+    levels: str | None = next(fitted, None)
     if levels is None:
         levels = _levels(a, bits, signed or columns > 0) if policy.levels == "auto" else policy.levels
     width = columns or _row_width(a)

@@ -69,10 +69,10 @@ def test_interpolation_stays_between_neighbours(x: float, points: list[tuple[flo
 def test_at_equal_bytes_the_families_are_interpolated() -> None:
     curve = {"a": {"saved_bytes": 100, "error": 0.4}, "b": {"saved_bytes": 400, "error": 0.1}}
     families = {name: curve for name in gradients.THEIRS}
-    ours = {"default": {"saved_bytes": 200, "error": 0.15}}
+    ours = {"2-bit": {"saved_bytes": 200, "error": 0.15}}
     at = gradients.equal_bytes({**families, "actcompile": ours})
     assert all(math.isclose(e["error"], 0.2) and e["ours_is_lower"] for e in at.values())
-    ours["default"]["error"] = 0.25
+    ours["2-bit"]["error"] = 0.25
     assert not any(e["ours_is_lower"] for e in gradients.equal_bytes({**families, "actcompile": ours}).values())
 
 

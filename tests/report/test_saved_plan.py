@@ -140,7 +140,7 @@ def test_a_difference_shows_ways_bytes_and_settings():
     assert found and [row[1] for row in found.rows] == ["convs.0/add", "new/mul"]
     assert re.search(r"0 +convs.0/add +cast\(bfloat16\) +8 B +keep +16 B", text)
     assert re.search(r"0 +new/mul +- +- +cast\(bfloat16\) +8 B", text)
-    assert "bits: 2 here, 4 there" in text and "2 activations kept otherwise; 8 B here, 24 B there" in text
+    assert "bits: 'auto' here, 4 there" in text and "2 activations kept otherwise; 8 B here, 24 B there" in text
     assert "0 activations kept otherwise" in str(PLAN.difference(PLAN)) and not PLAN.difference(PLAN)
 
 
@@ -153,7 +153,7 @@ def test_a_plan_decides_and_what_contradicts_it_is_an_error():
         with pytest.raises(ValueError, match=f"^{name}: .* the plan was made with .* leave {name} out"):
             Config(plan=config.plan, **{name: value})
     with pytest.raises(ValueError, match="^bits: 2 was asked for"):
-        Config.make(plan=config.plan, bits=2)  # the default, but asked for
+        Config.make(plan=config.plan, bits=2)
     for name, value in (("budget", "1GiB"), ("max_gradient_error", 0.1), ("fitted", (("a", "0,1,2,3"),))):
         with pytest.raises(ValueError, match=f"^{name}: a plan decides instead"):
             Config(plan=PLAN, **{name: value})

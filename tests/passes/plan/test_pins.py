@@ -57,8 +57,8 @@ def plan_of(model, **options):
 
 @functools.cache
 def default():
-    """The plan of the rules, with which several tests begin."""
-    return plan_of(Net())
+    """The plan of the rules in 2 bits, with which several tests begin."""
+    return plan_of(Net(), bits=2)
 
 
 def pinned(model, plan, inputs=INPUTS, dynamic=None):
@@ -120,6 +120,13 @@ def test_other_sizes_take_the_same_ways(nodes, edges, dynamic):
     found = pinned(Net(), plan, graph(nodes=nodes, edges=edges), dynamic).plan()
     assert not found.difference(plan) and found.nbytes != plan.nbytes
     assert keys(found) == keys(plan)
+
+
+@pytest.mark.parametrize("decided", [{"bits": 4}, {"bits": 2}, {"replay": 0.4}, {"replay": 0}], ids=str)
+def test_what_a_peak_decided_where_the_plan_was_made_holds(decided):
+    """Also where the same graph, of other sizes perhaps, would decide otherwise."""
+    plan = replace(plan_of(Net(), **{"replay": "auto", **decided}), settings=Config(**FAST).settings)
+    assert pinned(Net(), plan).plan().graphs == plan.graphs
 
 
 def test_fewer_elements_to_average_over_take_more_bits_and_small_tensors_none():
