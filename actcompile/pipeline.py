@@ -14,6 +14,7 @@ from actcompile.passes.codecs.standardise import offer
 from actcompile.passes.edges.by_node import by_node
 from actcompile.passes.edges.edges import Fused, edges
 from actcompile.passes.edges.embeddings import embeddings
+from actcompile.passes.edges.towers import joined, towers
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.bias import Dependence, bias
 from actcompile.passes.graph.find import SavedActivation, find
@@ -243,7 +244,9 @@ def fuse(
     if not config.fuse:
         return [], False
     embeddings(joint.graph)
+    towers(joint.graph)
     moved = by_node(joint.graph)
+    joined(joint.graph)
     return edges(joint.graph, num_fwd_outputs, names_of_parameters(joint, options)), moved
 
 

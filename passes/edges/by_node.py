@@ -26,6 +26,8 @@ from .computable import is_float
 from .takes import PRODUCTS, Index, Reduction, is_transposed, original, reduction_of, size_of
 
 aten = torch.ops.aten
+SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.neg.default)
+OF_ROWS = (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim)  # the same of each row
 DEEPEST = 100  # ops between a product and a sum over edges
 
 
@@ -127,7 +129,7 @@ class _ByNode:
         key = value, index, str(size_of(nodes))
         if key in self.sums:
             return self.sums[key]
-        if value not in self.of_products:
+        if value not in self.of_products and not _is_tower(value):
             sizes = value.meta["val"]
             start = self._call(like, aten.full.default, [nodes, *sizes.shape[1:]], 0.0, dtype=sizes.dtype,
                                layout=torch.strided, device=sizes.device, pin_memory=False)  # fmt: skip
@@ -138,7 +140,7 @@ class _ByNode:
             result = self._call(like, aten.mm.default, rows, value.args[1])
         else:
             inside = _linear_in(value)
-            args = [self._sum(a, index, nodes, like) if a in inside else a for a in value.args]  # type: ignore[arg-type]
+            args = fx.map_arg(value.args, lambda a: self._sum(a, index, nodes, like) if a in inside else a)
             result = self._call(like, value.target, *args)
         self.sums[key] = result
         return result
@@ -193,7 +195,7 @@ class _ByNode:
             if value.target is aten.mm.default:
                 columns = self._call(node, aten.slice.Tensor, value.args[1], 1, *ends)
                 node.replace_all_uses_with(self._call(node, aten.mm.default, value.args[0], columns))
-            elif not _is_slice(value, 1) and (inside := _linear_in(value)):  # columns of columns stay what they are
+            elif value.target in SUMS and (inside := _linear_in(value)):
                 args = [self._call(node, aten.slice.Tensor, a, 1, *ends) if a in inside else a for a in value.args]
                 node.replace_all_uses_with(self._call(node, value.target, *args))
                 self.graph.erase_node(node)
@@ -250,13 +252,16 @@ def _linear_in(value: fx.Node) -> list[fx.Node]:
             return [a, b] if both and not value.kwargs else []
         case fx.Node(target=aten.neg.default, args=(fx.Node() as a,)):
             return [a]
-        case fx.Node(target=aten.slice.Tensor, args=(fx.Node() as a, int() as dim, *_)) if dim > 0:
+        case fx.Node(target=target, args=(fx.Node() as a, int() as dim, *_)) if target in OF_ROWS and dim > 0:
             return [a]
+        case fx.Node(target=aten.cat.default, args=([*pieces], int() as dim)) if dim > 0:
+            return pieces  # type: ignore[return-value]
     return []
 
 
-def _is_slice(node: fx.Node, dim: int) -> bool:
-    return node.target is aten.slice.Tensor and bool(node.args[1] == dim)
+def _is_tower(value: fx.Node) -> bool:
+    """Whether a value is one of the towers of rows: sums of all of them are made at once."""
+    return value.target is aten.select.int and bool(_linear_in(value)) and value.args[0].meta["val"].dim() == 3  # type: ignore[union-attr]
 
 
 def _is_row(bias: object) -> bool:

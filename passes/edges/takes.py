@@ -126,7 +126,7 @@ def reduction_of(node: fx.Node) -> Reduction | None:
             kind = name.removeprefix("a")
             index = index_of(by, value.meta["val"].dim() - 1) if _all_of(by, value) else None
             included = node.kwargs.get("include_self", True)
-            if (kind != "sum" and included) or not (included or _is_zero(base)):
+            if (kind != "sum" and included) or not (included or is_zero(base)):
                 return None
         case _:
             return None
@@ -136,7 +136,7 @@ def reduction_of(node: fx.Node) -> Reduction | None:
         return None
     if not _torch.known_true(value.meta["val"].shape[0] == index.edges):
         return None  # one row, put at several places
-    if _is_zero(base):
+    if is_zero(base):
         return Reduction(kind, index, value, None, base.args[0][0])  # type: ignore[index]
     rows = base.meta["val"].shape[0]
     return Reduction(kind, index, value, base, rows if isinstance(rows, int) else None)
@@ -183,5 +183,6 @@ def _all_of(index: object, value: fx.Node) -> bool:
     return isinstance(index, fx.Node) and is_tensor(index) and _same_sizes(index, value, 0)
 
 
-def _is_zero(node: fx.Node) -> bool:
+def is_zero(node: fx.Node) -> bool:
+    """Whether a node is full of zeros."""
     return node.target is aten.full.default and node.args[1] in (0, 0.0)

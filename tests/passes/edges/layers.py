@@ -255,6 +255,19 @@ LAYERS = {  # name -> layer; what it takes beside x and edges: "", "weight" (edg
         ),
         "attr",
     ),
+    **{
+        f"PNA {towers} towers": (
+            lambda towers=towers: pyg.PNAConv(
+                IN, 6, ["mean", "min"], ["identity"], torch.tensor([1, 3, 5, 2]), towers=towers
+            ),
+            "",
+        )
+        for towers in (1, 2, 3)
+    },
+    "PNA divided": (
+        lambda: pyg.PNAConv(IN, 6, ["sum", "std"], ["linear"], torch.tensor([1, 3, 5, 2]), towers=3, divide_input=True),
+        "",
+    ),
     "two EdgeConv": (lambda: Deep(pyg.EdgeConv(mlp(2 * IN)), pyg.EdgeConv(mlp(2 * WIDTH))), ""),
     "by hand": (lambda: Plain(attention_by_hand), "attr"),
     "index_add": (lambda: Plain(index_add), "attr"),
@@ -273,6 +286,7 @@ LAYERS = {  # name -> layer; what it takes beside x and edges: "", "weight" (edg
 
 REPEATED = {  # what these try, others try, too
     *("SAGE min", "SAGE sum", "GATv2 1 head", "GATv2 shared", "MF", "LE", "SG", "FiLM", "two max", "two GCN"),
+    *("PNA 1 towers", "PNA 2 towers", "PNA 3 towers", "PNA divided"),
     *("EdgeConv mean", "EdgeConv sum", "CGConv", "learned", "filtered", "decoder", "mesh", "PNA edges", "scatter min"),
 }
 

@@ -40,6 +40,15 @@ def test_nothing_of_an_mlp_has_a_row_for_each_edge(name, graphs):
     assert wide(graphs, count, EDGE) and by_edge(graphs, count)  # it does tell
 
 
+@pytest.mark.parametrize("edges", [90, 0])
+@pytest.mark.parametrize("name", ["PNA 1 towers", "PNA 3 towers", "PNA divided"])
+def test_towers_are_multiplied_by_node(name, edges, graphs):
+    model, takes = build(name)
+    inputs = graph(takes=takes, edges=edges)
+    check(model, inputs)
+    assert not edges or (wide(graphs, edges, 1) == [] and by_edge(graphs, edges) == [])
+
+
 IN_FLOAT32 = ("EdgeConv", "learned of edges", "learned of three", "mesh", "decoder", "filtered")
 
 
