@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from actcompile.passes.codecs.standardise import offer
+from actcompile.passes.edges.along import along
 from actcompile.passes.edges.by_node import by_node
 from actcompile.passes.edges.edges import Fused, edges
 from actcompile.passes.edges.embeddings import embeddings
@@ -247,6 +248,7 @@ def fuse(
     towers(joint.graph)
     moved = by_node(joint.graph)
     joined(joint.graph)
+    along(joint.graph)
     return edges(joint.graph, num_fwd_outputs, names_of_parameters(joint, options)), moved
 
 

@@ -116,6 +116,10 @@ def _tower(graph: fx.Graph, rows: Any, tower: int, like: fx.Node) -> fx.Node | N
         case fx.Node(target=aten.cat.default, args=([*pieces], 2 | -1)) if any(map(_is_taken, pieces)):
             apart = [_tower(graph, piece, tower, like) or _selected(graph, piece, tower, like) for piece in pieces]
             return call(graph, aten.cat.default, apart, 1, like=like)
+        case fx.Node(target=aten.repeat.default, args=(fx.Node() as one, [1, int(), 1])) if (
+            _rank(one) == 3 and _is_one(one.meta["val"].shape[1]) and not _is_taken(one)
+        ):
+            return call(graph, aten.squeeze.dim, one, 1, like=like)  # all towers are alike
     if _is_one(rows.meta["val"].shape[1]) and not _is_taken(rows):
         return call(graph, aten.squeeze.dim, rows, 1, like=like)
     return None

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch_geometric import nn as pyg
 
 from tests.helpers import EXACT, quickly, step
-from tests.passes.edges.layers import EDGE, IN, MLPOf, Own, build, graph, mlp
+from tests.passes.edges.layers import EDGE, IN, WIDTH, MLPOf, Own, build, graph, mlp
 from tests.passes.edges.test_edges import assert_same, called, check, compiled, graphs, wide  # noqa: F401  a fixture
 
 # ruff: noqa: F811  the fixture
@@ -47,6 +48,45 @@ def test_towers_are_multiplied_by_node(name, edges, graphs):
     inputs = graph(takes=takes, edges=edges)
     check(model, inputs)
     assert not edges or (wide(graphs, edges, 1) == [] and by_edge(graphs, edges) == [])
+
+
+class Shared(nn.Module):
+    """Layers that read the same encoded edge features, some of them less than others."""
+
+    def __init__(self, layer, count=3):
+        super().__init__()
+        self.nodes, self.edges = nn.Linear(IN, WIDTH), nn.Linear(EDGE, WIDTH)
+        self.layers = nn.ModuleList(layer() for _ in range(count))
+
+    def forward(self, x, edge_index, edge_attr):
+        x, e = self.nodes(x), self.edges(edge_attr)
+        for i, layer in enumerate(self.layers):
+            x = x + layer(x, edge_index, e if i else -e).tanh()
+        return x
+
+
+SHARED = {
+    "ResGated": lambda: pyg.ResGatedGraphConv(WIDTH, WIDTH, edge_dim=WIDTH),
+    "GINE": lambda: pyg.GINEConv(mlp(WIDTH), edge_dim=WIDTH),
+    "Transformer": lambda: pyg.TransformerConv(WIDTH, 4, heads=2, edge_dim=WIDTH),
+    "CG": lambda: pyg.CGConv(WIDTH, WIDTH),
+}
+
+
+@pytest.mark.parametrize("edges", [90, 0])
+@pytest.mark.parametrize("name", SHARED)
+def test_gradients_of_shared_edge_features_wait_for_no_other_layer(name, edges, graphs):
+    torch.manual_seed(0)
+    model = Shared(SHARED[name]).double()
+    x, edge_index, edge_attr = graph(takes="attr", edges=edges)
+    check(model, (x, edge_index, edge_attr.detach()))
+    assert not edges or (wide(graphs, edges, EDGE) == [] and by_edge(graphs, edges) == [])
+
+
+@pytest.mark.parametrize("edges", [90, 0])
+def test_gradients_of_edge_features_that_something_else_reads_are_eagers(edges):
+    torch.manual_seed(0)
+    check(Shared(SHARED["ResGated"]).double(), graph(takes="attr", edges=edges))
 
 
 IN_FLOAT32 = ("EdgeConv", "learned of edges", "learned of three", "mesh", "decoder", "filtered")
