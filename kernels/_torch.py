@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-FLAGS: tuple[str, ...] = ("-ftree-loop-vectorize",)  # Inductor turns this off, since it writes vectors itself
+# Inductor turns loops' vectors off, since it writes them itself. Comparisons and roots become vectors only where they
+# need not set flags or errno, which nothing reads; values are the same.
+FLAGS: tuple[str, ...] = ("-ftree-loop-vectorize", "-fno-trapping-math", "-fno-math-errno")
 
 
 def load_cpp(source: str) -> ctypes.CDLL:

@@ -47,6 +47,8 @@ def compare(options: Options, case_name: str, known_models: Sequence[str], compa
     size = "tiny" if options.quick else options.size
     described = Brought("", size)
     models = [name for name in known_models if not options.models or name in options.models]
+    if not models:
+        raise ValueError(f"--models: {case_name} has none of {options.models}; it has {', '.join(known_models)}")
     variants, steps = options.pick(compared), options.steps or (3 if options.quick else 9)
     settings = {"size": size, "shape": asdict(SIZES[size]), "threads": described.threads, "allocator": TIMING_ALLOCATOR}
     file = f"{case_name}-{size}"

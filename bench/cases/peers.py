@@ -10,14 +10,27 @@ from bench.registry import Options, case
 from bench.variants import OURS
 
 NAME = "peers"
-MODELS = ("sage", "sage-max", "gcn", "gin", "gat", "gatv2", "transformer", "edge-conv", "sampled")
+MODELS = (
+    "sage",
+    "sage-max",
+    "gcn",
+    "gin",
+    "gat",
+    "gatv2",
+    "transformer",
+    "edge-conv",
+    "pna",
+    "gated-gcn",
+    "molecules",
+    "sampled",
+)
 COMPARED = (
     "eager", "eager-csr", REFERENCE, "fp8", "budget-0.5", "budget-0.1", "checkpoint", "exact", "iexact-4-vm",
     "fused-only", "default",
 )  # fmt: skip
 
 
-@case(NAME, "eager, CSR, torch.compile, its budget and fp8 pass, checkpoints, EXACT, i-EXACT, ours: 9 models")
+@case(NAME, "eager, CSR, torch.compile, its budget and fp8 pass, checkpoints, EXACT, i-EXACT, ours: 12 models")
 def run(options: Options) -> dict[str, Any]:
     content = compare(options, NAME, MODELS, COMPARED)
     panels = {name: _points(model["variants"]) for name, model in content["models"].items()}

@@ -14,6 +14,7 @@ from torch import fx
 
 from ..graph import _torch
 from ..graph.split import call, is_tensor
+from .rows import rows_of_nodes
 from .takes import index_of, reduction_of, take_of
 
 aten = torch.ops.aten
@@ -21,8 +22,9 @@ aten = torch.ops.aten
 
 def embeddings(joint: fx.Graph) -> None:
     """Writes embeddings and their gradients as takes and sums, in place, where other rows are taken or added up for as
-    many edges."""
-    lengths = list(_lengths(joint))
+    many edges, and these are no nodes of others."""
+    nodes = rows_of_nodes(joint)
+    lengths = [n for n in _lengths(joint) if not any(_torch.known_true(n == size) for size in nodes)]
     for node in list(joint.nodes):
         indices = _looked_up(node)
         index = index_of(indices)

@@ -149,7 +149,7 @@ class Finder:
         if node.meta["val"].device.type != "cpu" or not isinstance(rows, fx.Node):
             return None
         sizes = node.meta["val"].shape
-        if not (self.rows.of_edges(rows) or self.rows.of_edges(other)):
+        if self.rows.has_nodes(rows) or not (self.rows.of_edges(rows) or self.rows.of_edges(other)):
             return None
         if not all(isinstance(size, int) for size in sizes) or not 0 < sizes[0] * sizes[1] <= LARGEST:
             return None

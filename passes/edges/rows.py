@@ -9,7 +9,7 @@ from torch import fx
 from ..graph import _torch
 from ..graph.split import is_tensor
 from .computable import is_computable, product_of
-from .takes import Take, take_of
+from .takes import Take, reduction_of, take_of
 
 DEEPEST = 2  # products one after another in a region; what comes after them begins at rows of edges in memory
 MOST_LEAVES = 8  # tensors that a value of rows of edges alone is made of
@@ -26,6 +26,7 @@ class Rows:
     def __init__(self, graph: fx.Graph) -> None:
         self.taken_of: dict[fx.Node, int] = {}
         self.leaves: dict[fx.Node, tuple[int, frozenset[fx.Node]]] = {}
+        self.of_nodes = rows_of_nodes(graph)
         for node in graph.nodes:
             if is_tensor(node) and (_takes_floats(node) or is_computable(node) or product_of(node) is not None):
                 self._follow(node)
@@ -34,6 +35,8 @@ class Rows:
         """Notes what is made of taken rows by what a program can do, or of which other rows, through `DEEPEST` products
         at most."""
         rows = product_of(node)
+        if rows is not None and self.has_nodes(node):
+            return  # one product for all is faster, and what it makes is no larger than what nodes have anyway
         sources = [rows] if rows is not None else [] if _takes_floats(node) else node.all_input_nodes
         products = [self.taken_of[n] for n in sources if n in self.taken_of]
         depth = max(products, default=0) + (rows is not None)
@@ -47,6 +50,11 @@ class Rows:
         leaves = frozenset().union(*(leaves for _, leaves in found))
         if 0 < len(leaves) <= MOST_LEAVES and depth <= DEEPEST:
             self.leaves[node] = depth, leaves
+
+    def has_nodes(self, node: fx.Node) -> bool:
+        """Whether the rows of a node are those of nodes, although others are taken or added up for them, too: of the
+        atoms of a batch of molecules, say, each of which belongs to one."""
+        return any(_torch.known_true(node.meta["val"].shape[0] == size) for size in self.of_nodes)
 
     def taken(self, node: fx.Node) -> bool:
         """Whether a node is made of taken rows by what a program can do."""
@@ -88,6 +96,23 @@ class Rows:
             for operand in node.all_input_nodes:
                 if self.taken(operand):
                     yield from self.takes(operand, seen)
+
+
+def rows_of_nodes(graph: fx.Graph) -> list[object]:
+    """The numbers of rows of matrices of which rows are taken, or to which they are added up, for edges of another
+    number."""
+    found: list[object] = []
+    for node in graph.nodes:
+        if not is_tensor(node):
+            continue
+        take, reduction = take_of(node), reduction_of(node)
+        of = take or reduction
+        if of is None:
+            continue
+        size = (take.matrix if take is not None else node).meta["val"].shape[0]
+        if not any(_torch.known_true(size == known) for known in (*found, of.index.edges)):
+            found.append(size)
+    return found
 
 
 def width(node: fx.Node) -> int:
