@@ -13,6 +13,7 @@ from torch import fx
 from actcompile.passes.codecs.standardise import offer
 from actcompile.passes.edges.along import along
 from actcompile.passes.edges.by_node import by_node
+from actcompile.passes.edges.composed import composed, merged
 from actcompile.passes.edges.edges import Fused, edges
 from actcompile.passes.edges.embeddings import embeddings
 from actcompile.passes.edges.towers import joined, towers
@@ -248,7 +249,9 @@ def fuse(
     towers(joint.graph)
     moved = by_node(joint.graph)
     joined(joint.graph)
+    composed(joint.graph)
     along(joint.graph)
+    merged(joint.graph)
     return edges(joint.graph, num_fwd_outputs, names_of_parameters(joint, options)), moved
 
 

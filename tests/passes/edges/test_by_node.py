@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch_geometric import nn as pyg
 
+from actcompile.kernels.edges.program import parse
 from tests.helpers import EXACT, quickly, step
 from tests.passes.edges.layers import EDGE, IN, WIDTH, MLPOf, Own, build, graph, mlp
 from tests.passes.edges.test_edges import assert_same, called, check, compiled, graphs, wide  # noqa: F401  a fixture
@@ -87,6 +88,20 @@ def test_gradients_of_shared_edge_features_wait_for_no_other_layer(name, edges, 
 def test_gradients_of_edge_features_that_something_else_reads_are_eagers(edges):
     torch.manual_seed(0)
     check(Shared(SHARED["ResGated"]).double(), graph(takes="attr", edges=edges))
+
+
+def test_products_of_products_of_edge_features_are_as_narrow_as_these(graphs):
+    torch.manual_seed(0)
+    x, edge_index, edge_attr = graph(takes="attr")
+    check(Shared(SHARED["ResGated"]).double(), (x, edge_index, edge_attr.detach()))
+    calls = [n for both in graphs for g in both for n in g.find_nodes(op="call_function", target=ops.edges.default)]
+    sizes = {
+        tuple(node.meta["val"].shape)
+        for call in calls
+        for operand, node in zip(parse(call.args[0]).operands, call.args[8], strict=True)
+        if operand.where == "matrix"
+    }
+    assert sizes == {(EDGE, WIDTH)}
 
 
 IN_FLOAT32 = ("EdgeConv", "learned of edges", "learned of three", "mesh", "decoder", "filtered")
