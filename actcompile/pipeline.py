@@ -39,6 +39,7 @@ from actcompile.passes.spare.replay import Replayed, replay
 from actcompile.passes.spare.views import views
 from actcompile.passes.write.accumulate import accumulate
 from actcompile.passes.write.late import late
+from actcompile.passes.write.own import own
 from actcompile.passes.write.rewrite import rewrite
 from actcompile.passes.write.scale import scale
 from actcompile.passes.write.tile import tile
@@ -319,6 +320,7 @@ def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -
     verify(split, plan, outputs, gradients)
     tile(split.backward.graph)
     late(split)
+    own(split.backward.graph)
     for module in (split.forward, split.backward):
         accumulate(module.graph)
         scale(module.graph)

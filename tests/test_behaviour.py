@@ -141,7 +141,7 @@ def test_function(function):
     torch._dynamo.reset()
     number = len(reference) - len(parameters)
     with Calls() as calls:
-        ours = step(compiled(function, **SAVED, **{"bits": 8, "nonlinear_bits": 8}), inputs(), parameters)
+        ours = step(compiled(function, **{**SAVED, "bits": 8, "nonlinear_bits": 8}), inputs(), parameters)
     assert_equal(ours[:number], reference[:number])  # outputs are never rounded
     assert_close(ours, reference, within=0.05)
     assert function in (parameters_only, empty, other_dtypes) or calls.ours

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ..graph import _torch
-from ..graph.split import call, is_tensor
+from ..graph.split import call, is_tensor, is_view
 from .rows import Rows
 from .takes import PRODUCTS, is_transposed, original
 
@@ -46,14 +46,22 @@ def composed(joint: fx.Graph) -> None:
 
 
 def merged(joint: fx.Graph) -> None:
-    """Makes products, and sums over all edges, of the same operands once, in place."""
+    """Makes products, and sums over all edges, of the same operands once, in place.
+
+    What the graph returns stays apart: two parameters whose gradients were one tensor would add theirs up in it twice.
+    """
     first: dict[str, fx.Node] = {}
     for node in joint.nodes:
-        if node.target in MERGED and not node.kwargs:
+        if node.target in MERGED and not node.kwargs and not _is_returned(node):
             same = first.setdefault(repr((node.target, node.args)), node)
             if same is not node:
                 node.replace_all_uses_with(same)
     joint.eliminate_dead_code()
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether the graph returns a node, or a view of it."""
+    return any(user.op == "output" or (is_view(user) and _is_returned(user)) for user in node.users)
 
 
 def _rewritten(graph: fx.Graph, node: fx.Node, rows: Rows) -> fx.Node | None:

@@ -91,6 +91,30 @@ def test_gradients_of_edge_features_that_something_else_reads_are_eagers(edges):
     check(Shared(SHARED["ResGated"]).double(), graph(takes="attr", edges=edges))
 
 
+def test_parameters_with_the_same_gradient_have_one_each():
+    """Added up over two steps, they would else be added twice to one tensor."""
+    torch.manual_seed(0)
+    x, edge_index, edge_attr = graph(takes="attr")
+    a, b, c = (nn.Linear(size, WIDTH).double() for size in (EDGE, EDGE, IN))
+
+    def function(x, edge_index, edge_attr):
+        message = torch.sigmoid(a(edge_attr) + b(edge_attr) + c(x)[edge_index[0]])
+        return torch.zeros(len(x), WIDTH, dtype=x.dtype).index_add(0, edge_index[1], message)
+
+    parameters = [*a.parameters(), *b.parameters(), *c.parameters()]
+
+    def gradients(call):
+        for p in parameters:
+            p.grad = None
+        for _ in range(2):
+            call(x, edge_index, edge_attr.detach()).square().sum().backward()
+        return [p.grad.clone() for p in parameters]
+
+    expected = gradients(function)
+    torch._dynamo.reset()
+    assert_same(gradients(compiled(function)), expected)
+
+
 def test_products_of_products_of_edge_features_are_as_narrow_as_these(graphs):
     torch.manual_seed(0)
     x, edge_index, edge_attr = graph(takes="attr")
