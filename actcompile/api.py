@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from actcompile.passes.graph import _torch
-from actcompile.passes.plan.plan import matches
+from actcompile.passes.plan.policy import matches
 
 from .adjacency.inputs import accept_sparse, with_stand_ins
 from .backend import analyse, compile_graph

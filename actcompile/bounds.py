@@ -4,7 +4,8 @@ from actcompile.passes.graph.split import Split, is_tensor
 from actcompile.passes.plan.costs import Noise, Speeds
 from actcompile.passes.plan.costs import speeds as speeds_of
 from actcompile.passes.plan.fit import Fit, Fitted, Wish
-from actcompile.passes.plan.plan import Plan, Policy
+from actcompile.passes.plan.plan import Plan
+from actcompile.passes.plan.policy import Policy
 
 from .config import Config, parse_budget
 from .datasets import cache_folder

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from actcompile.kernels.blocks.format import BITS, LEVELS, Levels
-from actcompile.passes.plan.plan import Policy
+from actcompile.passes.plan.policy import Policy
 
 from .report.data import Settings
 from .report.saved_plan import SavedPlan

@@ -13,7 +13,7 @@ from torch import fx
 from actcompile.passes.codecs.standardise import offer
 from actcompile.passes.edges.along import along
 from actcompile.passes.edges.by_node import by_node
-from actcompile.passes.edges.composed import composed, merged
+from actcompile.passes.edges.composed import composed
 from actcompile.passes.edges.edges import Fused, edges
 from actcompile.passes.edges.embeddings import embeddings
 from actcompile.passes.edges.towers import joined, towers
@@ -27,7 +27,8 @@ from actcompile.passes.graph.split import Split
 from actcompile.passes.plan.fit import Fitted, Impossible
 from actcompile.passes.plan.memory import lifetimes, live_bytes
 from actcompile.passes.plan.pins import parameters_of, pinned
-from actcompile.passes.plan.plan import Choice, Plan, Policy, plan
+from actcompile.passes.plan.plan import Choice, Plan, plan
+from actcompile.passes.plan.policy import Policy
 from actcompile.passes.spare.apart import apart
 from actcompile.passes.spare.commute import commute
 from actcompile.passes.spare.dropout import dropout, redraw
@@ -80,13 +81,13 @@ def partition(
     """
     if config.fast_dropout:
         dropout(joint, num_fwd_outputs)
-    plain = _copied(joint) if config.fuse else joint
-    fused, moved = fuse(joint, num_fwd_outputs, config, options)
+    plain = _copied(joint)
+    fused = fuse(joint, num_fwd_outputs, config, options)
 
     def again(graph: fx.GraphModule = joint) -> Split:
         return cut(_copied(graph), inputs, num_fwd_outputs, situation, **options)
 
-    by_torch = again(plain if moved or any(not region.reason for region in fused) else joint)
+    by_torch = again(plain)
     saved_by_torch, memory_by_torch = find(by_torch), memory(by_torch, config)
     fitted: Fitted | None = None
     ways: Mapping[str, Choice] = {}
@@ -127,10 +128,10 @@ def settle(
     """
 
     def smaller(policy: Policy, coarser: Policy | None = None) -> Made:
-        share = REPLAY if config.replay == "auto" else config.replay
+        share, *less = shares(config)
         made = make(again(), policy, config, share, saved_by_torch, coarser=coarser)
-        if config.replay == "auto" and any(isinstance(s, Replayed) for s in made.spared):
-            other = make(again(), policy, config, 0.0, saved_by_torch, coarser=coarser)
+        if less and any(isinstance(s, Replayed) for s in made.spared):
+            other = make(again(), policy, config, less[0], saved_by_torch, coarser=coarser)
             if other.peak(config) < WORTH * made.peak(config):
                 return other
         return made
@@ -148,6 +149,11 @@ def settle(
     return smaller(coarse), f"floats have {COARSE} bits: {FINE} would take {takes}, more"
 
 
+def shares(config: Config) -> tuple[float, ...]:
+    """The shares of the forward's work among which a step's peak decides how much backward may do again."""
+    return (REPLAY, 0.0) if config.replay == "auto" else (config.replay,)
+
+
 def pin(
     again: Callable[[], Split],
     config: Config,
@@ -162,9 +168,9 @@ def pin(
         Impossible: none have.
     """
     refused = []
-    for bits, share in product((COARSE, FINE), (REPLAY, 0.0)):
-        policy = config.policy(training, bits)
-        made = make(again(), policy, config, share if config.replay == "auto" else config.replay, saved_by_torch)
+    policies = dict.fromkeys(config.policy(training, bits) for bits in (COARSE, FINE))
+    for policy, share in product(policies, shares(config)):
+        made = make(again(), policy, config, share, saved_by_torch)
         keys, shapes = set(made.split.keys.known.values()), parameters_of(made.split)
         try:
             return made, pinned(saved.graphs, made.plan, keys, shapes, training, policy)
@@ -235,25 +241,18 @@ def _copied(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def fuse(
-    joint: fx.GraphModule, num_fwd_outputs: int, config: Config, options: Mapping[str, Any]
-) -> tuple[list[Fused], bool]:
-    """Fuses the message passing of a joint graph, in place; `options` are those of `partition`.
-
-    Returns:
-        the regions, and whether products were moved from edges to nodes.
-    """
+def fuse(joint: fx.GraphModule, num_fwd_outputs: int, config: Config, options: Mapping[str, Any]) -> list[Fused]:
+    """Fuses the message passing of a joint graph, in place; `options` are those of `partition`. Returns the regions."""
     sizes(joint.graph)
     if not config.fuse:
-        return [], False
+        return []
     embeddings(joint.graph)
     towers(joint.graph)
-    moved = by_node(joint.graph)
+    by_node(joint.graph)
     joined(joint.graph)
     composed(joint.graph)
     along(joint.graph)
-    merged(joint.graph)
-    return edges(joint.graph, num_fwd_outputs, names_of_parameters(joint, options)), moved
+    return edges(joint.graph, num_fwd_outputs, names_of_parameters(joint, options))
 
 
 def cut(
@@ -320,8 +319,8 @@ def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -
     verify(split, plan, outputs, gradients)
     tile(split.backward.graph)
     late(split)
-    own(split.backward.graph)
-    for module in (split.forward, split.backward):
+    for module, results in ((split.forward, len(outputs)), (split.backward, gradients)):
+        own(module.graph, results)
         accumulate(module.graph)
         scale(module.graph)
         module.recompile()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from actcompile.kernels.blocks.format import BITS
-from actcompile.passes.plan.plan import Policy
+from actcompile.passes.plan.policy import Policy
 
 CASTS = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 

@@ -19,7 +19,7 @@ import actcompile.kernels  # noqa: F401  registers the ops
 from actcompile.config import METADATA
 from actcompile.kernels import BlockFormat
 from actcompile.kernels.blocks.quantize import dequantize_reference, quantize_reference
-from actcompile.passes.plan.plan import block_format
+from actcompile.passes.plan.formats import block_format
 
 Formats = list[tuple[int, int, str, str]]  # width, block asked for, levels, metadata
 

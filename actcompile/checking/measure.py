@@ -30,7 +30,8 @@ from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import memory_order
 from actcompile.passes.plan.costs import codec_name
 from actcompile.passes.plan.fit import BLOCKS, ways_of
-from actcompile.passes.plan.plan import Choice, Plan, Policy
+from actcompile.passes.plan.plan import Choice, Plan
+from actcompile.passes.plan.policy import Policy
 
 from ..api import _configs
 from ..config import Config

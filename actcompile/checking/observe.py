@@ -16,7 +16,8 @@ from actcompile.passes.codecs.codecs import Quantize
 from actcompile.passes.codecs.standardise import columns_alike, standard
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.find import memory_order
-from actcompile.passes.plan.plan import Choice, Plan, Policy
+from actcompile.passes.plan.plan import Choice, Plan
+from actcompile.passes.plan.policy import Policy
 from actcompile.passes.spare.dropout import dropout
 
 from ..config import Config

@@ -38,7 +38,7 @@ def _moved(graph: fx.Graph, node: fx.Node, rows: Rows) -> fx.Node | None:
         case fx.Node(target=aten.mm.default, args=(fx.Node(args=(fx.Node() as one, _)) as first, fx.Node() as other)):
             if is_transposed(first):
                 return _Sum(graph, node, other, one, rows).write() or _Sum(graph, node, one, other, rows).write(True)
-        case fx.Node(target=aten.sum.dim_IntList, args=(fx.Node() as value, [0], *_), kwargs={}):
+        case fx.Node(target=aten.sum.dim_IntList, args=(fx.Node() as value, [0], *_)) if not node.kwargs:
             result = _Sum(graph, node, value, None, rows).write()
             if result is not None and node.meta["val"].dim() == 1:
                 with graph.inserting_before(node):

@@ -31,9 +31,9 @@ OF_ROWS = (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.sque
 DEEPEST = 100  # ops between a product and a sum over edges
 
 
-def by_node(joint: fx.Graph) -> bool:
-    """Moves products of a joint graph from edges to nodes, in place; returns whether there were any."""
-    return _ByNode(joint).run()
+def by_node(joint: fx.Graph) -> None:
+    """Moves products of a joint graph from edges to nodes, in place."""
+    _ByNode(joint).run()
 
 
 class _ByNode:
@@ -43,7 +43,7 @@ class _ByNode:
         self.made: dict[str, fx.Node] = {}
         self.of_products: dict[fx.Node, int] = {}  # what is linear in a product, through so many ops
 
-    def run(self) -> bool:
+    def run(self) -> None:
         moved = False
         for node in list(self.graph.nodes):
             if not is_tensor(node) or node.kwargs:
@@ -62,7 +62,6 @@ class _ByNode:
                 self.made.clear()  # what was made for a later node comes too late
                 self._only_columns(node)
             self.graph.eliminate_dead_code()
-        return moved
 
     def _follow(self, node: fx.Node) -> None:
         """Notes whether a value is linear in a product, through ops that `_sum` goes through."""

@@ -16,12 +16,11 @@ import torch
 from torch import fx
 
 from ..graph import _torch
-from ..graph.split import call, is_tensor, is_view
+from ..graph.split import call, is_tensor
 from .rows import Rows
 from .takes import PRODUCTS, is_transposed, original
 
 aten = torch.ops.aten
-MERGED = (aten.mm.default, aten.permute.default, aten.sum.dim_IntList)
 
 
 @dataclass(frozen=True)
@@ -45,25 +44,6 @@ def composed(joint: fx.Graph) -> None:
     joint.eliminate_dead_code()
 
 
-def merged(joint: fx.Graph) -> None:
-    """Makes products, and sums over all edges, of the same operands once, in place.
-
-    What the graph returns stays apart: two parameters whose gradients were one tensor would add theirs up in it twice.
-    """
-    first: dict[str, fx.Node] = {}
-    for node in joint.nodes:
-        if node.target in MERGED and not node.kwargs and not _is_returned(node):
-            same = first.setdefault(repr((node.target, node.args)), node)
-            if same is not node:
-                node.replace_all_uses_with(same)
-    joint.eliminate_dead_code()
-
-
-def _is_returned(node: fx.Node) -> bool:
-    """Whether the graph returns a node, or a view of it."""
-    return any(user.op == "output" or (is_view(user) and _is_returned(user)) for user in node.users)
-
-
 def _rewritten(graph: fx.Graph, node: fx.Node, rows: Rows) -> fx.Node | None:
     def made(target: Any, *args: Any) -> fx.Node:
         return call(graph, target, *args, like=node)
@@ -80,11 +60,9 @@ def _rewritten(graph: fx.Graph, node: fx.Node, rows: Rows) -> fx.Node | None:
             return None
         weights = made(aten.mm.default, wide.weights, other)
         if wide.bias is not None:
-            row = made(aten.mm.default, made(aten.unsqueeze.default, wide.bias, 0), other)
+            row = made(aten.squeeze.dim, made(aten.mm.default, made(aten.unsqueeze.default, wide.bias, 0), other), 0)
             bias = [made(aten.add.Tensor, row, *bias) if bias else row]
-        if not bias:
-            return made(aten.mm.default, wide.rows, weights)
-        return made(aten.addmm.default, _as_row(bias[0], made), wide.rows, weights)
+        return made(aten.addmm.default if bias else aten.mm.default, *bias, wide.rows, weights)
     if bias:
         return None
     left: fx.Node = one.args[0]  # type: ignore[assignment]
@@ -121,7 +99,3 @@ def _widened(value: fx.Node, rows: Rows) -> Widened | None:
     if 2 * narrow > wide or rows.taken(features) or rows.take_beside(value) is None:  # type: ignore[arg-type]
         return None
     return Widened(features, weights, bias[0] if bias else None)  # type: ignore[arg-type]
-
-
-def _as_row(bias: Any, made: Any) -> fx.Node:
-    return made(aten.squeeze.dim, bias, 0) if bias.meta["val"].dim() == 2 else bias  # type: ignore[no-any-return]

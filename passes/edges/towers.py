@@ -37,7 +37,9 @@ def joined(joint: fx.Graph) -> None:
     """Makes the towers of sums of taken rows at once, from the towers of what they are taken of, in place."""
     for node in list(joint.nodes):
         match node:
-            case fx.Node(target=aten.cat.default, args=([*pieces], 1 | -1)) if is_tensor(node) and _rank(node) == 2:
+            case fx.Node(target=aten.cat.default, args=([*pieces], 1 | -1)) if (
+                is_tensor(node) and _rank(node) == 2 and original(pieces[0]).target is not aten.mm.default  # type: ignore[arg-type]
+            ):
                 with joint.inserting_before(node):
                     new = _joined(joint, pieces, node)  # type: ignore[arg-type]
                 if new is not None:
@@ -80,18 +82,19 @@ def _taken_apart(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 def _placed(node: fx.Node) -> list[fx.Node] | None:
     """The towers that a sum puts in their places among zeros; None where it is no such sum, or leaves one out."""
+    count = node.meta["val"].shape[1]
     todo, found = [node], dict[int, fx.Node]()
-    while todo:
-        match todo.pop():
-            case fx.Node(target=aten.add.Tensor, args=(fx.Node() as one, fx.Node() as other), kwargs={}):
+    while todo and isinstance(count, int):
+        match summand := todo.pop():
+            case fx.Node(target=aten.add.Tensor, args=(fx.Node() as one, fx.Node() as other)) if not summand.kwargs:
                 todo += (one, other)
             case fx.Node(
                 target=aten.select_scatter.default, args=(fx.Node() as base, fx.Node() as rows, 1, int() as tower)
-            ) if tower not in found and is_zero(base):
-                found[tower] = rows
+            ) if tower % count not in found and is_zero(base):
+                found[tower % count] = rows
             case _:
                 return None
-    return [found[i] for i in sorted(found)] if node.meta["val"].shape[1] == len(found) else None
+    return [found[i] for i in sorted(found)] if count == len(found) else None
 
 
 def _side_by_side(graph: fx.Graph, towers: Sequence[fx.Node], like: fx.Node) -> fx.Node:

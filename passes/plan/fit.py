@@ -19,8 +19,10 @@ from ..codecs.codecs import EXACT, Keep, Quantize
 from ..codecs.encode import part_names
 from ..graph.split import Split, root
 from .costs import Noise, Speeds
+from .formats import fit_format
 from .memory import Lifetime, lifetimes, live_bytes
-from .plan import Choice, Plan, Policy, bits_of, fit_format, nbytes_with
+from .plan import Choice, Plan, bits_of, nbytes_with
+from .policy import Policy
 from .program import Demands, Objective, Program, Solution, Way
 
 BLOCKS = (32, 64, 128, 256)

@@ -16,7 +16,8 @@ from actcompile.kernels import BlockFormat
 from ..codecs.codecs import EXACT, Cast, Codec, Keep, LowRank, Prune, Quantize, SampleRows
 from ..graph.split import Split
 from .fit import Impossible
-from .plan import Choice, Plan, Policy, bits_of
+from .plan import Choice, Plan, bits_of
+from .policy import Policy
 
 Way = tuple[tuple[str, str | int | bool], ...]
 CODECS = {

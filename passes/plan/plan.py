@@ -1,20 +1,16 @@
 """`plan`: which codec for which saved activation, and why. Pure: no graph is touched.
 
-For now a table of rules, first match wins. An optimiser that weighs bytes, seconds and variance takes the same facts
-and returns the same `Plan`.
+A table of rules, first match wins. Within bounds `fit` takes the same facts, and returns other ways.
 """
 
-import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from actcompile.kernels import BlockFormat
-from actcompile.kernels.blocks.format import LANES, Levels
+from actcompile.kernels.blocks.format import LANES
 
 from ..codecs.codecs import (
     EXACT,
@@ -34,71 +30,14 @@ from ..codecs.standardise import standard
 from ..graph import _torch
 from ..graph.bias import Dependence
 from ..graph.find import SavedActivation, memory_order, numel_hint, own_nbytes
-from ..graph.signs import never_negative
 from ..graph.split import root
+from .formats import fit_format, plane_width, row_width
+from .policy import Policy
 
 # Elements to average over, from which rounding to 4 bits, or to 2, biases by less than 0.3 %: a block of normal values
 # has a variance of 0.017, or 0.4, of their own.
 FEW, MANY = 8, 1024
-MOST_OF_SEVERAL_ROWS = 1024  # elements; i-EXACT's published bytes fit no larger blocks
 MOST_HEADS = 16  # of attention, in which each has one number to a row
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What the rule table may do.
-
-    Attributes:
-        bits: bits for floats whose rounding biases no gradient; None keeps them exact.
-        nonlinear_bits: bits for floats whose rounding biases a gradient; None keeps them exact. "auto" gives `bits`
-            where the bias is averaged over many elements (BatchNorm's input), 4 where over some, else 8.
-        block, levels, metadata: fields of `BlockFormat`; `block` is fitted to the tensor's width, and "auto" levels
-            are those of half a normal for what is never negative, of a clipped normal for all else.
-        rows_per_block: a block is so many rows instead, of at most `MOST_OF_SEVERAL_ROWS` elements (i-EXACT's G/R).
-        projection: floats whose rounding biases no gradient are projected at random to `width // projection` columns
-            before they are rounded (EXACT's D/R); None: they are not.
-        standardise: what a BatchNorm reads is rounded in the norm's own units.
-        method: another codec for those floats than `Quantize`, as its name and its parameter.
-        fitted: levels for single activations, by `SavedActivation.key`, for one or several numbers of bits.
-        min_bytes: tensors smaller than this are kept.
-        lossless: False keeps everything as it is.
-        exact: why no float is rounded, or None.
-        rules: (pattern of module paths, policy for what those modules save), first match wins.
-    """
-
-    bits: int | None = 2
-    nonlinear_bits: int | Literal["auto"] | None = "auto"
-    block: int = 64
-    levels: Levels | Literal["auto"] = "auto"
-    metadata: torch.dtype = torch.bfloat16
-    min_bytes: int = 16384
-    lossless: bool = True
-    exact: str | None = None
-    rows_per_block: int | None = None
-    projection: int | None = None
-    standardise: bool = True
-    method: tuple[str, Any] | None = None
-    fitted: tuple[tuple[str, str], ...] = ()
-    rules: tuple[tuple[str, "Policy"], ...] = ()
-
-    def compresses(self, activation: SavedActivation) -> bool:
-        """Whether an activation is to be compressed, if only without loss."""
-        return self.lossless and activation.nbytes >= self.min_bytes
-
-    def wants(self, activation: SavedActivation) -> bool:
-        """Whether a float is to be compressed, if only without loss."""
-        return self.compresses(activation) and activation.value.is_floating_point()
-
-    def for_module(self, path: str) -> "Policy":
-        for pattern, policy in self.rules:
-            if matches(pattern, path):
-                return policy
-        return self
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a rule's pattern names the module at `path`, or one that it is inside of."""
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
 @dataclass(frozen=True)
@@ -212,7 +151,7 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
     if is_constant(a.node):
         return Recompute(), "a constant: made anew in backward"
     if value.dtype is torch.bool:
-        return PackBits(plane_width(_row_width(a), 32, 32 * LANES)), "a mask: exact in one bit"
+        return PackBits(plane_width(row_width(a), 32, 32 * LANES)), "a mask: exact in one bit"
     if not value.is_floating_point():
         return _integer(a)
     if policy.exact is not None:
@@ -267,7 +206,7 @@ def _is_column(value: torch.Tensor) -> bool:
 
 def _linear(a: SavedActivation, policy: Policy) -> tuple[Codec, str]:
     """For a float that no gradient is non-linear in: all methods serve, and a projection."""
-    width = _row_width(a)
+    width = row_width(a)
     wide = width if isinstance(width, int) else 0
     if policy.method is not None:
         name, ratio = policy.method
@@ -302,11 +241,6 @@ def nbytes_with(codec: Codec, a: SavedActivation, saved: Collection[fx.Node]) ->
     return codec.nbytes(a.shape, a.value.dtype) + statistics
 
 
-def _row_width(a: SavedActivation) -> Any:
-    """Elements of a row, the dimension that is contiguous in memory; 1 where there are no rows."""
-    return a.value.shape[memory_order(a.value)[-1]] if a.value.dim() > 1 else 1
-
-
 def _integer(a: SavedActivation) -> tuple[Codec, str]:
     if a.value.dtype is torch.uint8:
         return Keep(), "bytes already, as masks of fused message passing are: eight decisions in each"
@@ -326,55 +260,3 @@ def is_constant(node: fx.Node) -> bool:
     """Whether a forward node is made of numbers and sizes alone."""
     makers = (torch.ops.aten.full.default, torch.ops.aten.arange.start_step, torch.ops.prims.iota.default)
     return node.target in makers and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes)
-
-
-def plane_width(width: Any, planes: int, group: int) -> int:
-    """Words per group for which a plane never straddles a row: the loop over it then has a unit stride in the row.
-
-    Of the divisors of the row's width and its multiples, the one nearest to `group / planes` that fills a vector
-    register; `group / planes` itself where none is within a factor of four (prime widths), since larger blocks round
-    more coarsely.
-    """
-    wanted = max(group // planes, LANES)
-    if not isinstance(width, int) or width % wanted == 0 or wanted % max(width, 1) == 0:
-        return wanted
-    divisors = [d for d in range(LANES, width + 1) if width % d == 0]
-    multiples = [width * m for m in range(1, math.ceil(2 * LANES / width) + 1) if width * m >= LANES]
-    near = [d for d in divisors + multiples if d <= 4 * wanted]
-    lanes = {d: -(-d // LANES) * LANES for d in near}  # those of the vectors that a run of `d` words takes
-    return min(near, default=wanted, key=lambda d: (abs(math.log2(d / wanted)) + 1.5 * math.log2(lanes[d] / d), d))
-
-
-def fit_format(a: SavedActivation, bits: int, policy: Policy, columns: int = 0, signed: bool = False) -> BlockFormat:
-    """The block format of an activation, with `columns` columns after a projection, nearest to the policy's.
-
-    `signed`: what is rounded has both signs, whatever the activation has.
-    """
-    fitted = (text for key, text in policy.fitted if key == a.key and len(text.split(",")) == 2**bits)
-    levels: str | None = next(fitted, None)
-    if levels is None:
-        levels = _levels(a, bits, signed or columns > 0) if policy.levels == "auto" else policy.levels
-    width = columns or _row_width(a)
-    if policy.rows_per_block is not None and isinstance(width, int) and width > 1:
-        rows = max(1, min(policy.rows_per_block, MOST_OF_SEVERAL_ROWS // width))
-        return BlockFormat(bits, rows * width, levels, policy.metadata)
-    return block_format(width, bits, policy.block, levels, policy.metadata)
-
-
-def _levels(a: SavedActivation, bits: int, signed: bool) -> Levels:
-    """Half a normal's levels for what is never negative; with more bits they gain too little for their many clamps."""
-    if signed or not never_negative(a.node):  # a projection has random signs
-        return "variance-minimising"
-    return "half-normal" if bits == 2 else "uniform"
-
-
-def block_format(
-    width: Any, bits: int, block: int, levels: str = "uniform", metadata: torch.dtype = torch.float32
-) -> BlockFormat:
-    """The block format nearest to `block` whose planes fit rows of `width` elements (1: not made of rows)."""
-    planes = 32 // bits
-    if block < LANES:
-        return BlockFormat(bits, block, levels, metadata)
-    words = plane_width(width, planes, block)  # several blocks to a group where it is longer than `block`
-    per_block = min(planes, 2 ** max(0, round(math.log2(max(block / words, 1)))))
-    return BlockFormat(bits, words * per_block, levels, metadata, words)

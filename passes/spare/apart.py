@@ -17,7 +17,8 @@ from torch import fx
 from ..graph.bias import Dependence, bias
 from ..graph.find import SavedActivation, numel_hint
 from ..graph.split import Split, is_tensor, is_view
-from ..plan.plan import Policy, bits_of
+from ..plan.plan import bits_of
+from ..plan.policy import Policy
 from .masks import is_pure
 
 MOST_TRIED = 24  # values made of one activation

@@ -1,7 +1,9 @@
-"""`own`: every gradient that backward returns has memory of its own.
+"""`own`: what a graph returns as two tensors are two.
 
-Layers that do the same have gradients that are the same, and torch makes what is made twice only once. Returned for two
-parameters, one tensor would be the gradient of both, and a second step would add to it twice.
+Layers that do the same make the same, and torch has what is made twice made once. It sees to it that results which a
+graph returns stay apart, but not where one op makes several, as regions of message passing do. Then one tensor would
+be the gradient of two parameters, and a second step would add to it twice; or a user who writes to one output would
+change another.
 """
 
 import operator
@@ -9,25 +11,33 @@ import operator
 import torch
 from torch import fx
 
+from ..graph import _torch
 from ..graph.split import call, is_tensor, root
 
 
-def own(backward: fx.Graph) -> None:
-    """Copies what a backward graph returns a second time, in place."""
-    output = backward.output_node()
+def own(graph: fx.Graph, count: int) -> None:
+    """Copies those of the first `count` results that share memory with an earlier one, and did not as traced."""
+    output = graph.output_node()
     returned = output.args[0]
     if not isinstance(returned, (list, tuple)):
         return
-    seen: set[object] = set()
-    outputs = list(returned)
-    for i, node in enumerate(outputs):
-        if not isinstance(node, fx.Node) or not is_tensor(node):
-            continue
-        memory: object = root(node)
-        if isinstance(memory, fx.Node) and memory.target is operator.getitem:
-            memory = memory.args
-        if memory in seen:
-            with backward.inserting_before(output):
-                outputs[i] = call(backward, torch.ops.aten.clone.default, node, like=node)
-        seen.add(memory)
-    output.args = (type(returned)(outputs),)
+    first: dict[object, fx.Node] = {}  # by memory
+    results = list(returned)
+    for i, node in enumerate(results[:count]):
+        if isinstance(node, fx.Node) and is_tensor(node):
+            earlier = first.setdefault(_memory(node), node)
+            if earlier is not node and _storage(earlier) != _storage(node):
+                with graph.inserting_before(output):
+                    results[i] = call(graph, torch.ops.aten.clone.default, node, like=node)
+    output.args = (type(returned)(results),)
+
+
+def _storage(node: fx.Node) -> _torch.StorageWeakRef:
+    """The memory of a node as it was traced."""
+    return _torch.StorageWeakRef(node.meta["val"].untyped_storage())
+
+
+def _memory(node: fx.Node) -> object:
+    """What names the memory of a node: the node that makes it, or an op and which of its results it is."""
+    maker = root(node)
+    return maker.args if maker.target is operator.getitem else maker

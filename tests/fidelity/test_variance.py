@@ -11,7 +11,7 @@ from torch import nn
 from actcompile.config import Config
 from actcompile.kernels.blocks.format import LEVELS
 from actcompile.passes.codecs.codecs import Quantize
-from actcompile.passes.plan.plan import block_format
+from actcompile.passes.plan.formats import block_format
 from tests.fidelity.measure import compressed, directions, gradients, rounded, sample
 from tests.fidelity.stacks import build, examples, seeds, specs
 from tests.fidelity.theory import Captured, Moments, moments

@@ -51,6 +51,23 @@ def test_towers_are_multiplied_by_node(name, edges, graphs):
     assert not edges or (wide(graphs, edges, 1) == [] and by_edge(graphs, edges) == [])
 
 
+@pytest.mark.parametrize("order", [(0, -1), (-1, 0), (1, 0)], ids=str)
+def test_towers_are_counted_from_either_end(order, graphs):
+    torch.manual_seed(0)
+    weights = [torch.randn(2 * IN, IN, dtype=torch.float64, requires_grad=True) for _ in order]
+
+    def function(x, edge_index):
+        x = x.view(-1, 1, IN).repeat(1, 2, 1) * torch.tensor([[1.0], [2.0]], dtype=x.dtype)
+        both = torch.cat([x[edge_index[0]], x[edge_index[1]]], -1)
+        towers = torch.stack([both[:, t] @ w for t, w in zip(order, weights, strict=True)], 1)
+        return torch.zeros_like(x).index_add(0, edge_index[1], towers.relu())
+
+    inputs = graph()
+    expected = step(function, inputs, [inputs[0], *weights])
+    assert_same(step(compiled(function), inputs, [inputs[0], *weights]), expected)
+    assert wide(graphs, 90, 1) == []
+
+
 class Shared(nn.Module):
     """Layers that read the same encoded edge features, the first of them with the other sign."""
 
@@ -113,6 +130,23 @@ def test_parameters_with_the_same_gradient_have_one_each():
     expected = gradients(function)
     torch._dynamo.reset()
     assert_same(gradients(compiled(function)), expected)
+
+
+def test_outputs_that_are_the_same_are_two():
+    """A user who writes to one changes no other, as in eager."""
+    torch.manual_seed(0)
+    x, edge_index = graph()
+    weights = torch.randn(IN, IN, dtype=torch.float64, requires_grad=True)
+
+    def function(x, edge_index):
+        x = x @ weights
+        message = [torch.sigmoid(x[edge_index[0]] - x[edge_index[1]]) for _ in range(2)]
+        first, second = (torch.zeros_like(x).index_add(0, edge_index[1], m) for m in message)
+        return first, second, first.view(-1)
+
+    first, second, view = compiled(function)(x, edge_index)
+    assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+    assert view.data_ptr() == first.data_ptr()  # what shares memory in eager goes on to
 
 
 def test_products_of_products_of_edge_features_are_as_narrow_as_these(graphs):

@@ -56,7 +56,7 @@ def test_indices_may_be_int32(graphs):
     assert wide(graphs, 70, 1) == []
 
 
-def test_gradients_scaled_by_frequency_are_left_to_torch(graphs):
+def test_gradients_may_be_scaled_by_frequency(graphs):
     torch.manual_seed(0)
     check(Molecules(scale_grad_by_freq=True).double(), molecules())
 

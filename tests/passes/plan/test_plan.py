@@ -10,7 +10,9 @@ from actcompile.kernels.blocks.format import LANES
 from actcompile.passes.codecs.codecs import Keep, Narrow, PackBits, Quantize, Recompute
 from actcompile.passes.graph.bias import Dependence
 from actcompile.passes.graph.find import SavedActivation
-from actcompile.passes.plan.plan import Policy, block_format, plan, plane_width
+from actcompile.passes.plan.formats import block_format, plane_width
+from actcompile.passes.plan.plan import plan
+from actcompile.passes.plan.policy import Policy
 
 aten = torch.ops.aten
 
