@@ -89,11 +89,12 @@ class Counted:
 
     def _edges(self) -> set[Place]:
         """The axes along which both ends of an edge lie: as the rows of a tensor of two, or as two tensors that name as
-        many nodes."""
+        many nodes, unless the axis is that of nodes itself, which have types and graphs as edges have ends."""
+        named = {self.axes.of(*place) for place in self.into}
         found = {self.axes.of(i.tensor, -1) for i in self.indices if i.row >= 0 and i.tensor.meta["val"].shape[0] == 2}
         for one, other in itertools.combinations(self.indices, 2):
             axis = self.axes.of(one.tensor, -1)
-            if axis not in found and axis == self.axes.of(other.tensor, -1):
+            if axis not in found | named and axis == self.axes.of(other.tensor, -1):
                 numbers = itertools.product(self.indices[one], self.indices[other])
                 if any(_torch.known_true(a == b) for a, b in numbers):
                     found.add(axis)

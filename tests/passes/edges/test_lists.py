@@ -190,3 +190,26 @@ def test_sizes_that_depend_on_data_are_those_of_the_run():
         (made,) = actcompile.explain(model).graphs
         order = next(row for row in made.edges if "order of nodes" in row.reason)
         assert order.nbytes == 4 * (others + NODES)
+
+
+class Typed(nn.Module):
+    """Nodes of two types each, which are looked up in tables as large as each other, normed by graph, twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = nn.ModuleList(nn.Embedding(5, WIDTH) for _ in range(2))
+        self.layers = nn.ModuleList(pyg.SAGEConv(WIDTH, WIDTH) for _ in range(2))
+        self.norms = nn.ModuleList(pyg.GraphNorm(WIDTH) for _ in range(2))
+
+    def forward(self, types, edge_index):
+        x = sum(table.weight[types[:, i]] for i, table in enumerate(self.types))
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(layer(x, edge_index)).tanh()
+        return x
+
+
+def test_types_and_graphs_of_nodes_are_no_ends_of_edges():
+    torch._dynamo.reset()
+    types, edge_index = torch.randint(5, (NODES, 2)), torch.randint(NODES, (2, EDGES))
+    rows = actcompile.explain(Typed(), types, edge_index, options=FAST).graphs[0].edges
+    assert {row.shape[0] for row in rows} <= {str(EDGES)} and not [row for row in rows if row.shape[1:]]
