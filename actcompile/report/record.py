@@ -205,7 +205,7 @@ def _why_added(a: SavedActivation, fused: bool) -> str:
         return "saved beside what it is made of, so that no rounded element meets itself"
     if is_seed(a.node):
         return "seeds of dropout, of which backward makes its masks anew"
-    return "taken in forward, so that no rounded value decides it"
+    return "taken in forward, where no value is rounded"
 
 
 def _dropped(a: SavedActivation, spared: Spared | None, known: bool) -> Row:
@@ -217,10 +217,7 @@ def _dropped(a: SavedActivation, spared: Spared | None, known: bool) -> Row:
     elif is_constant(a.node):
         codec, reason = "drop", "a constant: backward does without it"
     elif not known:
-        codec, reason = (
-            "fused",
-            "message passing is fused: backward computes it again by edge, or reads other values",
-        )
+        codec, reason = "fused", "message passing is fused: backward does without it"
     else:
         codec, reason = "drop", "backward asked only for a mask, which is saved instead"
     return Row(

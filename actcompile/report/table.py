@@ -3,7 +3,8 @@
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TypeVar
 
 from rich.console import Group, RenderableType
@@ -15,6 +16,7 @@ from .memory import is_drawn, peaks, plots
 from .text import ROOMY, because, biased, clean, count, cut, human, made_in, shape_of, share, simple_box, to_text, width
 
 R = TypeVar("R", Row, EdgeRow)
+K = TypeVar("K")
 NO_GRAPH = (
     "No graph was compiled with a backward pass. Either the model has not run yet; or it ran only where nothing is "
     "saved for backward (under torch.no_grad(), in inference mode, or with no tensor that requires a gradient); or "
@@ -79,7 +81,7 @@ def _graph(graph: GraphReport, roomy: bool) -> list[RenderableType]:
     if not graph.rows:
         return [Text(NO_ROW), *_edges(graph, roomy)]
     shown, sums = summed(graph.rows)
-    parts: list[RenderableType] = [_table(shown, roomy)] if shown else []
+    parts: list[RenderableType] = [_table(fused_by_layer(shown), roomy)] if shown else []
     return [*parts, *(Text(f"  {line}") for line in sums), *_edges(graph, roomy)]
 
 
@@ -175,6 +177,8 @@ def _where(row: Row | EdgeRow, roomy: bool) -> list[Text]:
 def summed(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
     """The rows worth a line of their own, and lines that sum up the others: those that cost nothing, small ones."""
     rows = list(rows)
+    largest = max((r.bytes_before for r in rows), default=0)
+    gone = [r for r in rows if not r.bytes_after and 0 < r.bytes_before < largest / 100]
     small = [r for r in rows if r.bytes_after and r.codec == "keep" and r.reason.startswith("small")]
     if not any((r.bytes_before or r.bytes_after) and r not in small for r in rows):
         small = []  # all that costs anything is small: then these are what the reader came for
@@ -183,19 +187,43 @@ def summed(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
     for reason, group in _by_reason(small).items():
         total = human(sum(r.bytes_after for r in group))
         lines.append(f"{count(group, 'small tensor')}, {total} in all: kept ({clean(reason)})")
+    for (codec, reason), group in _by(gone, lambda r: (r.codec, r.reason)).items():
+        total = human(sum(r.bytes_before for r in group))
+        lines.append(f"{count(group, 'small tensor')}, {total} in all: {clean(codec)} ({clean(reason)})")
     alive = [r for r in free if r.reason.endswith("alive anyway")]
     if alive:
         things = "input or parameter" if len(alive) == 1 else "inputs and parameters"
         lines.append(f"{len(alive)} {things}: alive anyway")
     for reason, group in _by_reason(r for r in free if r not in alive).items():
         lines.append(f"{count(group, 'tensor')} that cost no memory: {clean(reason)}")
-    return [r for r in rows if r not in small and r not in free], lines
+    return [r for r in rows if r not in small and r not in free and r not in gone], lines
+
+
+def fused_by_layer(rows: Iterable[Row]) -> list[Row]:
+    """The rows, with one for all tensors of a layer that fused message passing does without: its largest, and a count."""
+    rows = list(rows)
+    groups = _by((row for row in rows if row.codec == "fused"), lambda row: row.module)
+    merged = {
+        group[0]: replace(
+            group[0],
+            name=f"{group[0].name} and {len(group) - 1} more",
+            bytes_before=sum(row.bytes_before for row in group),
+        )
+        for group in groups.values()
+        if len(group) > 1
+    }
+    left = [merged.get(row, row) for row in rows if row.codec != "fused" or row is groups[row.module][0]]
+    return sorted(left, key=lambda row: (-row.bytes_before, -row.bytes_after))
 
 
 def _by_reason(rows: Iterable[R]) -> dict[str, list[R]]:
-    groups: dict[str, list[R]] = defaultdict(list)
+    return _by(rows, lambda row: row.reason)
+
+
+def _by(rows: Iterable[R], key: Callable[[R], K]) -> dict[K, list[R]]:
+    groups: dict[K, list[R]] = defaultdict(list)
     for row in rows:
-        groups[row.reason].append(row)
+        groups[key(row)].append(row)
     return groups
 
 

@@ -243,7 +243,7 @@ def nbytes_with(codec: Codec, a: SavedActivation, saved: Collection[fx.Node]) ->
 
 def _integer(a: SavedActivation) -> tuple[Codec, str]:
     if a.value.dtype is torch.uint8:
-        return Keep(), "bytes already, as masks of fused message passing are: eight decisions in each"
+        return Keep(), "a mask of fused message passing: eight decisions a byte"
     if a.bound is None:
         return Keep(), "integers whose range is not known"
     if isinstance(a.bound, int):

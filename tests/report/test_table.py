@@ -15,7 +15,7 @@ from torch import nn
 
 import actcompile
 from actcompile.report import EdgeRow, GraphReport, Report, Row
-from actcompile.report.table import NO_GRAPH, NO_ROW, render, renderable, summed, summed_edges, totals
+from actcompile.report.table import NO_GRAPH, NO_ROW, fused_by_layer, render, renderable, summed, summed_edges, totals
 from actcompile.report.text import clean, human
 from tests import helpers
 
@@ -81,6 +81,25 @@ def test_small_ones_are_summed_up_unless_there_is_nothing_else() -> None:
         ],
     )
     assert summed([small, small, free]) == ([small, small], ["1 input or parameter: alive anyway"])
+
+
+def test_small_ones_that_are_gone_are_summed_up_by_what_became_of_them() -> None:
+    large = row(bytes_before=90_000, bytes_after=9_000)
+    gone = row(bytes_before=800, bytes_after=0, codec="drop", reason="a constant: backward does without it")
+    new = row(bytes_before=0, bytes_after=700)
+    line = "2 small tensors, 1.60 KB in all: drop (a constant: backward does without it)"
+    assert summed([gone, large, gone, new]) == ([large, new], [line])
+    assert summed([gone, gone]) == ([gone, gone], [])
+
+
+def test_what_fused_message_passing_does_without_has_a_line_for_each_layer() -> None:
+    first, second, other = (
+        row(module=module, name=name, codec="fused", bytes_before=size, bytes_after=0)
+        for module, name, size in (("convs.0", "mul", 500), ("convs.0", "exp", 300), ("convs.1", "mul_1", 600))
+    )
+    kept = row(codec="keep", bytes_before=700, bytes_after=700)
+    merged = replace(first, name="mul and 1 more", bytes_before=800)
+    assert fused_by_layer([first, kept, second, other]) == [merged, kept, other]
 
 
 def edge_row(**fields: object) -> EdgeRow:
