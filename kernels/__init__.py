@@ -11,7 +11,7 @@ from .bits.random_mask import random_mask
 from .blocks.format import BlockFormat, bit_words
 from .blocks.quantize import dequantize, quantize
 from .blocks.random_bits import draw_seed
-from .edges.ops import aggregate, edges, group_edges
+from .edges.ops import aggregate, degree, edges, group_edges
 from .edges.spmm import pointer_to, rows_of, spmm, spmm_extremum, spmm_transposed
 from .rows.products import products, products_
 from .rows.tiles import row_sums
@@ -23,6 +23,7 @@ __all__ = [
     "cast_fp8",
     "cpu",
     "cuda",
+    "degree",
     "dequantize",
     "draw_seed",
     "edges",

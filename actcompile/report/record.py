@@ -265,7 +265,7 @@ def _facts(node: fx.Node) -> dict[str, Any]:
     }
 
 
-MESSAGE_PASSING = ("actcompile.aggregate", "actcompile.edges", "actcompile.group_edges")
+MESSAGE_PASSING = ("actcompile.aggregate", "actcompile.degree", "actcompile.edges", "actcompile.group_edges")
 CASTS = ("actcompile.mask_to_bytes", "actcompile.bytes_to_mask")
 
 

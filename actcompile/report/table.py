@@ -200,7 +200,7 @@ def summed(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
 
 
 def fused_by_layer(rows: Iterable[Row]) -> list[Row]:
-    """The rows, with one for all tensors of a layer that fused message passing does without: its largest, and a count."""
+    """The rows, with one for all of a layer that fused message passing does without: its largest, and a count."""
     rows = list(rows)
     groups = _by((row for row in rows if row.codec == "fused"), lambda row: row.module)
     merged = {

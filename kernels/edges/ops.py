@@ -1,4 +1,4 @@
-"""The ops that a graph calls for regions: `actcompile.edges`, any program, and `actcompile.aggregate`, sums of rows."""
+"""The ops that a graph calls for regions: `actcompile.edges`, any program; `aggregate`, sums of rows; `degree`."""
 
 from __future__ import annotations
 
@@ -116,6 +116,24 @@ def aggregation(dtype: str, weight: str | None = None, scale: bool = False) -> s
     return Program((row, factor), (times,), (Output("sum", "v0", "c", dtype),)).dump()
 
 
+@torch.library.custom_op("actcompile::degree", mutates_args=(), tags=REMEMBERING)
+def degree(by: Tensor, by_row: int, nodes: int, grouped: Sequence[Tensor]) -> Tensor:
+    """The number of edges that each node has: of those that are grouped by it. Arguments as in `edges`.
+
+    Returns:
+        int64, (nodes,).
+    """
+    if max(by.shape[-1], nodes) >= MOST:
+        index = row_of(by, by_row)
+        return torch.bincount(torch.where(index < 0, index + nodes, index), minlength=nodes)
+    return _sort(by, by_row, nodes, grouped).pointer.diff().long()
+
+
+@degree.register_fake
+def _(by, by_row, nodes, grouped):
+    return by.new_empty(nodes, dtype=torch.int64)
+
+
 @torch.library.custom_op("actcompile::group_edges", mutates_args=())
 def group_edges(by: Tensor, by_row: int, nodes: int) -> tuple[Tensor, Tensor]:
     """Groups edges by a node, for indices that a graph makes itself. Arguments as in `edges`.
@@ -176,8 +194,7 @@ def _run(
     if run is None:
         others = [row_of(*pair) for pair in zip(indices, rows, strict=True)]
         return run_reference(program, operands, row_of(by, by_row), others, nodes, heads, columns)
-    remember = not grouped and not by.is_inference()
-    sort = Grouping(grouped[0], grouped[1]) if grouped else (grouping if remember else group)(by, by_row, nodes)
+    remember, sort = not grouped and not by.is_inference(), _sort(by, by_row, nodes, grouped)
     others = [
         sort.arrange(index, row, _taken(program, j, operands), remember)
         for j, (index, row) in enumerate(zip(indices, rows, strict=True))
@@ -193,6 +210,13 @@ def _run(
     ]
     run(sort, others, operands, results, nodes, count, heads, columns)
     return results
+
+
+def _sort(by: Tensor, by_row: int, nodes: int, grouped: Sequence[Tensor]) -> Grouping:
+    """The grouping that a graph made, or one that is remembered where that can be."""
+    if grouped:
+        return Grouping(grouped[0], grouped[1])
+    return (group if by.is_inference() else grouping)(by, by_row, nodes)
 
 
 def kernel_for(device: torch.device, text: str) -> Run | None:

@@ -79,7 +79,7 @@ def is_handled(node: fx.Node) -> bool:
 
 def constant_of(node: fx.Node) -> float | None:
     """The number that a node fills a tensor with."""
-    while node.target is aten.expand.default:
+    while node.target is aten.expand.default or node.target in SHAPES:
         node = node.args[0]  # type: ignore[assignment]
     match node:
         case fx.Node(target=aten.full.default, args=(_, bool() | int() | float() as number)):

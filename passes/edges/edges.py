@@ -23,12 +23,12 @@ from torch import fx
 
 from ..graph import _torch
 from ..graph.split import Split
-from .find import Finder, Sums
+from .find import Count, Finder, Sums
 from .rows import width
 from .write import Writer
 
 ops = torch.ops.actcompile
-BY = {ops.edges.default: 1, ops.aggregate.default: 4}  # the position of the index that edges are grouped by
+BY = {ops.edges.default: 1, ops.aggregate.default: 4, ops.degree.default: 0}  # where the index is that groups edges
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def edges(joint: fx.Graph, num_fwd_outputs: int, parameters: Collection[str]) ->
     found = finder.find()
     fused = [Fused(node.name, (), _nbytes(node), reason) for node, reason in finder.refused]
     for node, made in found.items():
+        if isinstance(made, Count):
+            continue
         inside = [made.reduction.value] if isinstance(made, Sums) else made.inside
         fused.append(Fused(node.name, tuple(n.name for n in inside), max(map(_nbytes, inside), default=0)))
     Writer(finder).write(found)

@@ -10,10 +10,10 @@ from torch import fx
 
 from ..graph import _torch
 from ..graph.split import ancestors, descendants, is_tensor
-from .computable import LARGEST, is_float, product_of
+from .computable import LARGEST, constant_of, is_float, product_of
 from .regions import Region, Unfit, region
 from .rows import Rows, width
-from .takes import COPIES, Reduction, Take, is_transposed, original, reduction_of, take_of
+from .takes import COPIES, Reduction, Take, is_remembered, is_transposed, original, reduction_of, take_of
 
 aten = torch.ops.aten
 EQUALITIES = (aten.eq.Tensor, aten.ne.Tensor)
@@ -28,7 +28,15 @@ class Sums:
     reduction: Reduction
 
 
-Found = dict[fx.Node, Region | Sums]
+@dataclass(frozen=True)
+class Count:
+    """The same number for each edge, summed up by node: the number of a node's edges, times it."""
+
+    number: float
+    reduction: Reduction
+
+
+Found = dict[fx.Node, Region | Sums | Count]
 """By the node that each of them ends with."""
 
 
@@ -76,6 +84,7 @@ class Finder:
         self._agree(found)
         self._multiply(found)
         self._pack(masks & found.keys(), found)
+        self._count(found)
         return {node: found[node] for node in sorted(found)}
 
     def _ended_by(self, node: fx.Node) -> Region | Sums | None:
@@ -170,8 +179,10 @@ class Finder:
         while left != len(found):
             left = len(found)
             for node, made in list(found.items()):
-                steps = {step.op for step in made.program.steps} if isinstance(made, Region) else set()
-                if isinstance(made, Sums) or steps <= {"eq", "ne"}:
+                if not isinstance(made, Region):
+                    continue
+                steps = {step.op for step in made.program.steps}
+                if steps <= {"eq", "ne"}:
                     continue  # messages are read, not computed
                 alike = self._compared_with(node) <= found.keys()
                 if steps & {"eq", "ne"}:
@@ -214,6 +225,22 @@ class Finder:
             )
             outputs = tuple(replace(o, dtype="bits") if made.end in packed else o for o in program.outputs)
             made.program = replace(program, operands=operands, outputs=outputs)
+
+    def _count(self, found: Found) -> None:
+        """Has the edges of a node counted by how they are grouped, where they are, and that is remembered."""
+        grouped = set()
+        for node, made in found.items():
+            reduction = reduction_of(node)
+            rows = node if reduction is not None else self.matrices[node]
+            index = made.by if isinstance(made, Region) else made.reduction.index
+            grouped.add((index, str(rows.meta["val"].shape[0])))
+        for node in self.graph.nodes:
+            reduction = reduction_of(node) if is_tensor(node) and width(node) == 1 else None
+            if reduction is None or reduction.kind != "sum" or not is_remembered(reduction.index):
+                continue
+            number = constant_of(original(reduction.value))
+            if number is not None and (reduction.index, str(node.meta["val"].shape[0])) in grouped:
+                found[node] = Count(number, reduction)
 
     def _exact(self, end: fx.Node) -> Callable[[fx.Node], bool]:
         """Whether a comparison that backward needs is one of forward's values."""

@@ -131,6 +131,8 @@ class Counted:
             yield (by, -1), (other, -1)
             if weight is not None:
                 yield (by, -1), (weight, 0)
+        elif node.target is ops.degree.default:
+            self._index(Index(*args[:2]), node)
         elif node.target is ops.edges.default:
             text, by, row, nodes, _, _, indices, rows, operands, grouped = args
             ends = [Index(*pair) for pair in zip((*indices, by), (*rows, row), strict=True)]  # the last one is -1, too

@@ -221,6 +221,9 @@ def _groups(matrix: fx.Node, width: int) -> list[list[Columns]]:
         return []
     groups: dict[Rows, list[Columns]] = {}
     for columns in _columns(original(matrix)):
+        value, dims = columns.rows.value.meta["val"], 2 if columns.rows.tower is None else 3
+        if value.dtype != matrix.meta["val"].dtype or value.dim() != dims or not isinstance(value.shape[-1], int):
+            return []  # `cat` takes other dtypes, and empty tensors of other dimensions
         groups.setdefault(columns.rows, []).append(columns)
     scaled = [columns for columns in groups.values() if any(c.scale is not None for c in columns)]
     worth = [_makes_less(columns[0].end - columns[0].start, width, len(columns)) for columns in scaled]

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..graph import _torch
-from ..graph.split import is_tensor
+from ..graph.split import is_tensor, writes
 
 aten = torch.ops.aten
 SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
@@ -85,6 +85,11 @@ def original(node: fx.Node) -> fx.Node:
 def size_of(size: object) -> object:
     """The value of a size, which is a number or a node."""
     return size.meta["val"] if isinstance(size, fx.Node) else size
+
+
+def is_remembered(index: Index) -> bool:
+    """Whether edges are grouped by an index once for all steps: it is an input, which nothing changes."""
+    return index.tensor.op == "placeholder" and not any(map(writes, index.tensor.users))
 
 
 def is_transposed(node: object) -> bool:

@@ -11,12 +11,12 @@ from actcompile.kernels.edges.ops import aggregation, prepare
 
 from ..graph import _torch
 from ..graph.bodies import BODY, PARTIAL
-from ..graph.split import call, inherit_origin, writes
-from .find import Finder, Found, Sums
+from ..graph.split import call, inherit_origin
+from .find import Count, Finder, Found, Sums
 from .regions import Region
-from .takes import Index, Reduction, reduction_of, size_of
+from .takes import Index, Reduction, is_remembered, reduction_of, size_of
 
-aten, ops = torch.ops.aten, torch.ops.actcompile
+aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.actcompile
 
 
 class Writer:
@@ -31,7 +31,10 @@ class Writer:
         """Replaces the ends of regions; what only these needed goes."""
         bodies = {node: _body(made) for node, made in found.items() if isinstance(made, Region)}
         for node, made in found.items():
-            result = self._call(made, bodies[node]) if isinstance(made, Region) else self._aggregate(node, made)
+            if isinstance(made, Region):
+                result = self._call(made, bodies[node])
+            else:
+                result = self._aggregate(node, made) if isinstance(made, Sums) else self._degree(node, made)
             result = self._added(node, result)
             node.replace_all_uses_with(result)
             self.graph.erase_node(node)
@@ -53,6 +56,21 @@ class Writer:
                 self.graph, ops.aggregate.default, matrix, weight and self._now(weight), other.tensor, other.row, by,
                 row, nodes, grouped, like=node,
             )  # fmt: skip
+
+    def _degree(self, node: fx.Node, made: Count) -> fx.Node:
+        """Inserts the call that counts a node's edges before the node that does."""
+        index, value = made.reduction.index, node.meta["val"]
+        with self.graph.inserting_before(node):
+            nodes = self._nodes(made.reduction)
+            grouped = self._grouped(index, nodes, node)
+            result = call(self.graph, ops.degree.default, index.tensor, index.row, nodes, grouped, like=node)
+            _torch.must_recompute(result)
+            if value.dtype is not torch.int64:
+                result = call(self.graph, prims.convert_element_type.default, result, value.dtype, like=node)
+            if made.number != 1:
+                number = made.number if value.is_floating_point() else int(made.number)
+                result = call(self.graph, aten.mul.Tensor, result, number, like=node)
+            return result if value.dim() == 1 else call(self.graph, aten.unsqueeze.default, result, 1, like=node)
 
     def _now(self, node: fx.Node) -> fx.Node:
         """What stands for a node now."""
@@ -111,7 +129,7 @@ class Writer:
     def _grouped(self, index: Index, nodes: object, before: fx.Node) -> list[fx.Node]:
         """The grouping of edges the graph makes, once for all layers; none for inputs, where it is remembered."""
         tensor = index.tensor
-        if tensor.op == "placeholder" and not any(writes(user) for user in tensor.users):
+        if is_remembered(index):
             return []
         key = index, str(size_of(nodes))
         if key not in self.grouped:

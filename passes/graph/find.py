@@ -217,7 +217,7 @@ def _indexed_size(user: fx.Node, index: fx.Node) -> object:
         for dim, given in enumerate(cast(list[object], indices)):
             if given is index:
                 return cast(fx.Node, tensor).meta["val"].shape[dim]
-    if user.target in (ops.aggregate.default, ops.edges.default, ops.group_edges.default):
+    if user.target in (ops.aggregate.default, ops.edges.default, ops.group_edges.default, ops.degree.default):
         return _indexed_by_edges(user, index)
     if user.target is ops.spmm_transposed.default:  # the product has a row for each column
         pointer, columns = user.args[:2]
@@ -229,8 +229,8 @@ def _indexed_size(user: fx.Node, index: fx.Node) -> object:
 def _indexed_by_edges(user: fx.Node, index: fx.Node) -> object:
     """The number of nodes that edges name; of several, the largest. Also of an index of places of edges."""
     args = cast(Any, user.args)
-    if user.target is ops.group_edges.default:
-        return _size(args[2])
+    if user.target in (ops.group_edges.default, ops.degree.default):
+        return _size(args[2]) if args[0] is index else args[0].meta["val"].shape[-1]
     found = []
     if user.target is ops.aggregate.default:
         matrix, _, take, _, by, _, nodes, grouped = args

@@ -35,7 +35,7 @@ SUMS = {  # -> where what they sum is
     torch.ops.actcompile.spmm.default: 3,
     torch.ops.actcompile.spmm_transposed.default: 3,
 }
-AGGREGATE = torch.ops.actcompile.aggregate.default
+AGGREGATE, DEGREE = torch.ops.actcompile.aggregate.default, torch.ops.actcompile.degree.default
 MAKERS = (
     aten.full.default,
     aten.cat.default,
@@ -206,7 +206,7 @@ def _is_repeatable(node: fx.Node) -> bool:
         return False
     if torch.Tag.nondeterministic_seeded in target.tags or _torch.makes_sizes(node):
         return False
-    return torch.Tag.pointwise in target.tags or target in (AGGREGATE, *PRODUCTS, *TAKES, *SUMS, *MAKERS)
+    return torch.Tag.pointwise in target.tags or target in (AGGREGATE, DEGREE, *PRODUCTS, *TAKES, *SUMS, *MAKERS)
 
 
 def _is_source(node: fx.Node) -> bool:

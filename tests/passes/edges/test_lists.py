@@ -124,7 +124,7 @@ def test_reasons():
     torch._dynamo.reset()
     inputs = graph(nodes=NODES, edges=EDGES)
     fused = run(build("two SAGE")[0], inputs)
-    assert reasons(fused) == {"one number for each edge"} and fused.fused > 0  # ones, to count neighbours
+    assert reasons(fused) == set() and fused.fused > 0
     plain = run(build("two SAGE")[0], inputs, fuse=False)
     assert "fuse=False" in reasons(plain) and plain.fused == 0
     assert "read by a matrix product (aten.addmm.default)" in reasons(run(wide_messages(), inputs))

@@ -113,8 +113,6 @@ def test_an_input_that_forward_changes_is_not_read_in_backward():
 def test_a_gnn_saves_the_norm_s_input_and_not_the_dropout_s_output():
     made = report(gnn(layers=3), *graph(nodes=256, edges=1024), min_bytes=512, replay=0)
     rows = rebuilt(made)
-    degree = rows.pop("scatter_add")
-    assert degree.shape == ("256",) and "from inputs" in degree.reason
     assert {r.module for r in rows.values()} == {"dropout"} and len(rows) == 2
     assert all(r.bytes_after == 0 and r.bytes_before == 256 * 32 * 4 for r in rows.values())
     assert {r.reason for r in rows.values()} == {
@@ -126,7 +124,7 @@ def test_a_gnn_saves_the_norm_s_input_and_not_the_dropout_s_output():
 @pytest.mark.parametrize("rule", [keep(), bits(8)], ids=["keep", "bits"])
 def test_a_rule_for_one_module_holds_for_what_it_is_computed_from(rule):
     made = report(gnn(layers=3), *graph(nodes=256, edges=1024), min_bytes=512, replay=0, rules={"dropout": rule})
-    assert set(rebuilt(made)) == {"scatter_add"}
+    assert not rebuilt(made)
 
 
 def test_decoding_is_done_apart():
