@@ -45,15 +45,8 @@ def test_every_inserted_op_stands_out_and_nothing_else(report: Report) -> None:
     expected = [f"{n.name} = {n.op}({', '.join(n.inputs)})  {n.shape}".rstrip() for n in inserted]
     assert sorted(highlighted(svg)) == sorted(expected)
     others = [line for line in highlighted(svg, want=False) if "actcompile." in line]
-    own = (
-        "random_mask",
-        "draw_seed",
-        "aggregate",
-        "degree",
-        "edges",
-        "to_mask",
-        "to_bytes",
-    )  # the model's own, and casts
+    # the model's own, and casts
+    own = ("random_mask", "draw_seed", "aggregate", "degree", "edges", "to_mask", "to_bytes")
     assert all(any(name in line for name in own) for line in others)
 
 
