@@ -20,7 +20,8 @@ import torch
 from torch import fx
 
 from ..graph import _torch
-from ..graph.split import call, is_tensor
+from ..graph.split import is_tensor
+from .calls import Calls
 from .columns import Part, Taken, has_fewer_rows, parts_of
 from .computable import is_float
 from .takes import PRODUCTS, Index, Reduction, is_transposed, original, reduction_of, size_of
@@ -36,11 +37,10 @@ def by_node(joint: fx.Graph) -> None:
     _ByNode(joint).run()
 
 
-class _ByNode:
+class _ByNode(Calls):
     def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+        super().__init__(graph)
         self.sums: dict[tuple[fx.Node, Index, str], fx.Node] = {}  # rows of edges, by node -> their sums
-        self.made: dict[str, fx.Node] = {}
         self.of_products: dict[fx.Node, int] = {}  # what is linear in a product, through so many ops
 
     def run(self) -> None:
@@ -92,7 +92,7 @@ class _ByNode:
         start, rest = 0, []
         of_rows: dict[Taken, fx.Node] = {}
         for part in parts:
-            columns = self._slice(weights, 0, start, start + part.width, like=node)
+            columns = self.slice(node, weights, 0, start, start + part.width)
             start += part.width
             if not part.terms:
                 rest.append((part.node, columns))
@@ -100,18 +100,18 @@ class _ByNode:
                 of_rows[taken] = self._plus(of_rows.get(taken), sign, columns, like=node)
         result = None
         if rest:
-            left = rest[0][0] if len(rest) == 1 else self._call(node, aten.cat.default, [n for n, _ in rest], 1)
-            right = rest[0][1] if len(rest) == 1 else self._call(node, aten.cat.default, [w for _, w in rest], 0)
-            result = self._call(node, aten.mm.default, left, right)
+            left = rest[0][0] if len(rest) == 1 else self.call(node, aten.cat.default, [n for n, _ in rest], 1)
+            right = rest[0][1] if len(rest) == 1 else self.call(node, aten.cat.default, [w for _, w in rest], 0)
+            result = self.call(node, aten.mm.default, left, right)
         for taken, columns in of_rows.items():
             matrix = self._matrix(taken, node)
             if bias is not None and _is_row(bias):
-                product, bias = self._call(node, aten.addmm.default, bias, matrix, columns), None
+                product, bias = self.call(node, aten.addmm.default, bias, matrix, columns), None
             else:
-                product = self._call(node, aten.mm.default, matrix, columns)
-            row = self._call(node, aten.index.Tensor, product, [self._index(taken.take.index, node)])
-            result = row if result is None else self._call(node, aten.add.Tensor, result, row)
-        return result if bias is None else self._call(node, aten.add.Tensor, result, bias)
+                product = self.call(node, aten.mm.default, matrix, columns)
+            row = self.call(node, aten.index.Tensor, product, [self._index(taken.take.index, node)])
+            result = row if result is None else self.call(node, aten.add.Tensor, result, row)
+        return result if bias is None else self.call(node, aten.add.Tensor, result, bias)
 
     # sum_e W m_e
 
@@ -120,7 +120,7 @@ class _ByNode:
             return None
         size = reduction.nodes if reduction.nodes is not None else self._rows_of(reduction.base, node)
         result = self._sum(reduction.value, reduction.index, size, node)
-        return result if reduction.base is None else self._call(node, aten.add.Tensor, reduction.base, result)
+        return result if reduction.base is None else self.call(node, aten.add.Tensor, reduction.base, result)
 
     def _sum(self, value: fx.Node, index: Index, nodes: object, like: fx.Node) -> fx.Node:
         """The sums of rows of edges by node, which products are made of."""
@@ -130,17 +130,17 @@ class _ByNode:
             return self.sums[key]
         if value not in self.of_products and not _is_tower(value):
             sizes = value.meta["val"]
-            start = self._call(like, aten.full.default, [nodes, *sizes.shape[1:]], 0.0, dtype=sizes.dtype,
+            start = self.call(like, aten.full.default, [nodes, *sizes.shape[1:]], 0.0, dtype=sizes.dtype,
                                layout=torch.strided, device=sizes.device, pin_memory=False)  # fmt: skip
             where = self._index(index, like)
-            result = self._call(like, aten.index_put.default, start, [where], value, True)
+            result = self.call(like, aten.index_put.default, start, [where], value, True)
         elif value.target is aten.mm.default:
             rows = self._sum(value.args[0], index, nodes, like)  # type: ignore[arg-type]
-            result = self._call(like, aten.mm.default, rows, value.args[1])
+            result = self.call(like, aten.mm.default, rows, value.args[1])
         else:
             inside = _linear_in(value)
             args = fx.map_arg(value.args, lambda a: self._sum(a, index, nodes, like) if a in inside else a)
-            result = self._call(like, value.target, *args)
+            result = self.call(like, value.target, *args)
         self.sums[key] = result
         return result
 
@@ -153,7 +153,7 @@ class _ByNode:
             if parts is None:
                 continue
             blocks = [self._block(node, part, right, dim) for part in parts]
-            return blocks[0] if len(blocks) == 1 else self._call(node, aten.cat.default, blocks, dim)
+            return blocks[0] if len(blocks) == 1 else self.call(node, aten.cat.default, blocks, dim)
         return None
 
     def _block(self, node: fx.Node, part: Part, other: fx.Node, dim: int) -> fx.Node:
@@ -169,8 +169,8 @@ class _ByNode:
 
     def _along_rows(self, node: fx.Node, matrix: Any, other: fx.Node, dim: int) -> fx.Node:
         first, second = (other, matrix) if dim else (matrix, other)
-        transposed = self._call(node, aten.permute.default, first, [1, 0])
-        return self._call(node, aten.mm.default, transposed, second)
+        transposed = self.call(node, aten.permute.default, first, [1, 0])
+        return self.call(node, aten.mm.default, transposed, second)
 
     def _sum_of_sums(self, node: fx.Node) -> None:
         """A sum over all edges is one over nodes, where their sums are made anyway."""
@@ -192,11 +192,11 @@ class _ByNode:
                 return
         with self.graph.inserting_before(node):
             if value.target is aten.mm.default:
-                columns = self._call(node, aten.slice.Tensor, value.args[1], 1, *ends)
-                node.replace_all_uses_with(self._call(node, aten.mm.default, value.args[0], columns))
+                columns = self.call(node, aten.slice.Tensor, value.args[1], 1, *ends)
+                node.replace_all_uses_with(self.call(node, aten.mm.default, value.args[0], columns))
             elif value.target in SUMS and (inside := _linear_in(value)):
-                args = [self._call(node, aten.slice.Tensor, a, 1, *ends) if a in inside else a for a in value.args]
-                node.replace_all_uses_with(self._call(node, value.target, *args))
+                args = [self.call(node, aten.slice.Tensor, a, 1, *ends) if a in inside else a for a in value.args]
+                node.replace_all_uses_with(self.call(node, value.target, *args))
                 self.graph.erase_node(node)
                 self.graph.erase_node(value)
                 self.made.clear()
@@ -211,7 +211,7 @@ class _ByNode:
             args = list(op.args)
             if op.target in (aten.view.default, aten.reshape.default):
                 args[1] = [-1, *op.meta["val"].shape[1:]]
-            matrix = self._call(like, op.target, matrix, *args[1:], **op.kwargs)
+            matrix = self.call(like, op.target, matrix, *args[1:], **op.kwargs)
         return matrix
 
     # nodes of the graph
@@ -219,28 +219,16 @@ class _ByNode:
     def _index(self, index: Index, like: fx.Node) -> fx.Node:
         if index.row < 0:
             return index.tensor
-        return self._call(like, aten.select.int, index.tensor, 0, index.row)
+        return self.call(like, aten.select.int, index.tensor, 0, index.row)
 
     def _rows_of(self, matrix: Any, like: fx.Node) -> object:
         size = matrix.meta["val"].shape[0]
-        return size if isinstance(size, int) else self._call(like, aten.sym_size.int, matrix, 0)
-
-    def _slice(self, matrix: fx.Node, dim: int, start: int, end: int, like: fx.Node) -> fx.Node:
-        if start == 0 and _torch.known_true(matrix.meta["val"].shape[dim] == end):
-            return matrix
-        return self._call(like, aten.slice.Tensor, matrix, dim, start, end)
+        return size if isinstance(size, int) else self.call(like, aten.sym_size.int, matrix, 0)
 
     def _plus(self, sum: fx.Node | None, sign: int, term: fx.Node, like: fx.Node) -> fx.Node:
         if sum is None:
-            return term if sign > 0 else self._call(like, aten.neg.default, term)
-        return self._call(like, aten.add.Tensor if sign > 0 else aten.sub.Tensor, sum, term)
-
-    def _call(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call before `like`, or the same call that was made before."""
-        key = repr((target, args, kwargs))
-        if key not in self.made:
-            self.made[key] = call(self.graph, target, *args, like=like, **kwargs)
-        return self.made[key]
+            return term if sign > 0 else self.call(like, aten.neg.default, term)
+        return self.call(like, aten.add.Tensor if sign > 0 else aten.sub.Tensor, sum, term)
 
 
 def _linear_in(value: fx.Node) -> list[fx.Node]:

@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from ..graph import _torch
-from ..graph.split import call, is_tensor
+from ..graph.split import is_tensor
+from .calls import Calls
 from .takes import PRODUCTS, is_transposed, original
 
 aten = torch.ops.aten
@@ -63,11 +64,7 @@ def scaled(joint: fx.Graph) -> None:
     _Scaled(joint).run()
 
 
-class _Scaled:
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.made: dict[str, fx.Node] = {}
-
+class _Scaled(Calls):
     def run(self) -> None:
         for node in list(self.graph.nodes):
             if node.target in PRODUCTS and is_tensor(node) and not node.kwargs and _is_float(node):
@@ -108,16 +105,16 @@ class _Scaled:
         width = weights.meta["val"].shape[1]
         for group in groups:
             rows = self._matrix(node, group[0].rows)
-            beside = self._beside(node, [self._slice(node, weights, 0, c.start, c.end) for c in group], 1)
+            beside = self._beside(node, [self.slice(node, weights, 0, c.start, c.end) for c in group], 1)
             if result is None and bias and len(group) == 1 and group[0].scale is None:
-                result, bias = self._call(node, aten.addmm.default, *bias, rows, beside), ()
+                result, bias = self.call(node, aten.addmm.default, *bias, rows, beside), ()
                 continue
-            product = self._call(node, aten.mm.default, rows, beside)
+            product = self.call(node, aten.mm.default, rows, beside)
             for i, columns in enumerate(group):
-                part = self._times(node, self._slice(node, product, 1, i * width, (i + 1) * width), columns.scale)
-                result = part if result is None else self._call(node, aten.add.Tensor, result, part)
+                part = self._times(node, self.slice(node, product, 1, i * width, (i + 1) * width), columns.scale)
+                result = part if result is None else self.call(node, aten.add.Tensor, result, part)
         assert result is not None
-        return self._call(node, aten.add.Tensor, result, *bias) if bias else result
+        return self.call(node, aten.add.Tensor, result, *bias) if bias else result
 
     def _weights(self, node: fx.Node, groups: Sequence[Sequence[Columns]], gradient: Any, dim: int) -> fx.Node:
         """The product of some rows and their gradient along them; dim: which one of it has the columns of the rows."""
@@ -126,10 +123,10 @@ class _Scaled:
         for group in groups:
             rows, beside = self._matrix(node, group[0].rows), self._scaled(node, gradient, group)
             first, second = (beside, rows) if dim else (rows, beside)
-            transposed = self._call(node, aten.permute.default, first, [1, 0])
-            product = self._call(node, aten.mm.default, transposed, second)
+            transposed = self.call(node, aten.permute.default, first, [1, 0])
+            product = self.call(node, aten.mm.default, transposed, second)
             for i, columns in enumerate(group):
-                blocks[columns.start] = self._slice(node, product, 1 - dim, i * width, (i + 1) * width)
+                blocks[columns.start] = self.slice(node, product, 1 - dim, i * width, (i + 1) * width)
         return self._beside(node, [blocks[start] for start in sorted(blocks)], dim)
 
     # the gradient by a
@@ -154,19 +151,19 @@ class _Scaled:
             return None
         result, *others = summands + made
         for other in others:
-            result = self._call(node, aten.add.Tensor, result, other)
+            result = self.call(node, aten.add.Tensor, result, other)
         return result
 
     def _multiplied_once(self, node: fx.Node, terms: Sequence[Term]) -> fx.Node:
         towers = []
         for slices in zip(*(term.towers for term in terms), strict=True):
             gradient, weights = slices[0][0].args
-            columns = [self._slice(node, weights, 1, start, end) for _, start, end in slices]
+            columns = [self.slice(node, weights, 1, start, end) for _, start, end in slices]
             left, right = self._scaled(node, gradient, terms), self._beside(node, columns, 0)
-            towers.append(self._call(node, aten.mm.default, left, right))
+            towers.append(self.call(node, aten.mm.default, left, right))
         if _rank(node) == 2:
             return towers[0]
-        return self._beside(node, [self._call(node, aten.unsqueeze.default, tower, 1) for tower in towers], 1)
+        return self._beside(node, [self.call(node, aten.unsqueeze.default, tower, 1) for tower in towers], 1)
 
     def _only_columns(self, product: fx.Node, value: fx.Node, start: int) -> None:
         """Makes of a product, of which `value` are columns from `start` on, only those that are still read."""
@@ -177,15 +174,15 @@ class _Scaled:
             if not all(_ends(reader) for reader in user.users):
                 with self.graph.inserting_before(user):
                     self.made.clear()
-                    columns = self._slice(user, product.args[1], 1, begin, begin + ends[1] - ends[0])
-                    user.replace_all_uses_with(self._call(user, aten.mm.default, product.args[0], columns))
+                    columns = self.slice(user, product.args[1], 1, begin, begin + ends[1] - ends[0])
+                    user.replace_all_uses_with(self.call(user, aten.mm.default, product.args[0], columns))
             else:
                 self._only_columns(product, user, begin)
 
     # nodes of the graph
 
     def _matrix(self, like: fx.Node, rows: Rows) -> fx.Node:
-        return rows.value if rows.tower is None else self._call(like, aten.select.int, rows.value, 1, rows.tower)
+        return rows.value if rows.tower is None else self.call(like, aten.select.int, rows.value, 1, rows.tower)
 
     def _scaled(self, like: fx.Node, gradient: Any, terms: Sequence[Columns | Term]) -> fx.Node:
         """The gradient of each of some terms, side by side."""
@@ -194,23 +191,11 @@ class _Scaled:
     def _times(self, like: fx.Node, matrix: fx.Node, scale: fx.Node | None) -> fx.Node:
         if scale is None:
             return matrix
-        numbers = scale if _rank(scale) == 2 else self._call(like, aten.squeeze.dim, scale, 1)
-        return self._call(like, aten.mul.Tensor, matrix, numbers)
+        numbers = scale if _rank(scale) == 2 else self.call(like, aten.squeeze.dim, scale, 1)
+        return self.call(like, aten.mul.Tensor, matrix, numbers)
 
     def _beside(self, like: fx.Node, matrices: Sequence[fx.Node], dim: int) -> fx.Node:
-        return matrices[0] if len(matrices) == 1 else self._call(like, aten.cat.default, list(matrices), dim)
-
-    def _slice(self, like: fx.Node, matrix: Any, dim: int, start: int, end: int) -> fx.Node:
-        if start == 0 and _torch.known_true(matrix.meta["val"].shape[dim] == end):
-            return matrix  # type: ignore[no-any-return]
-        return self._call(like, aten.slice.Tensor, matrix, dim, start, end)
-
-    def _call(self, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-        """A call before `like`, or the same call that was made before."""
-        key = repr((target, args))
-        if key not in self.made:
-            self.made[key] = call(self.graph, target, *args, like=like)
-        return self.made[key]
+        return matrices[0] if len(matrices) == 1 else self.call(like, aten.cat.default, list(matrices), dim)
 
 
 def _groups(matrix: fx.Node, width: int) -> list[list[Columns]]:

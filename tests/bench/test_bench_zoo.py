@@ -59,8 +59,8 @@ def test_the_case_measures_ours_and_plain(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "models-tiny.json").read_text())
     found = content["models"]["gin"]["variants"]
     assert set(found) == {"eager", "inductor", "default"}
-    for name in ("inductor", "default"):
+    for name, pairings in (("inductor", 2), ("default", 1)):  # all others are paired with the reference
         r = found[name]
-        assert r["cold_compile_seconds"] > r["warm_compile_seconds"] and len(r["steps"]) == 3
+        assert r["cold_compile_seconds"] > r["warm_compile_seconds"] and len(r["steps"]) == 3 * pairings
     assert found["default"]["reported_bytes"] == pytest.approx(found["default"]["saved_bytes"], rel=0.05)
     assert found["default"]["saved_bytes"] < found["inductor"]["saved_bytes"]

@@ -63,7 +63,9 @@ def compare(name, options, request, within, **tiled_options):
     request.getfixturevalue("tiles")
     torch._dynamo.reset()
     tiled, after = gradients(make, (x, edge_index), **{**options, **tiled_options})
-    assert_close(tiled, whole, within)
+    largest = max(gradient.norm() for gradient in whole)
+    some = [i for i, gradient in enumerate(whole) if gradient.norm() > 1e-4 * largest]  # a bias before a norm has none
+    assert_close([tiled[i] for i in some], [whole[i] for i in some], within)
     assert "actcompile.row_sums.default" not in ops_of(before)
     return ops_of(after)
 
