@@ -184,11 +184,7 @@ class Finder:
                 steps = {step.op for step in made.program.steps}
                 if steps <= {"eq", "ne"}:
                     continue  # messages are read, not computed
-                alike = self._compared_with(node) <= found.keys()
-                if steps & {"eq", "ne"}:
-                    sums = {m for m in map(original, made.operands) if m in found or reduction_of(m) is not None}
-                    alike &= bool(sums) and sums <= found.keys()  # what else they may equal is computed elsewhere
-                if not alike:
+                if not (self._compared_with(node) <= found.keys() and _equals_only(made, found)):
                     del found[node]
                     self.refused.append((node, "compared with what is not fused"))
 
@@ -287,6 +283,17 @@ class Finder:
             and len(sizes) == row.meta["val"].dim()
             and not (factor in self.of_parameters and self.rows.taken(factor))
         )
+
+
+def _equals_only(made: Region, found: Collection[fx.Node]) -> bool:
+    """Whether what a region computes is looked up only in what is fused, too: elsewhere it is computed otherwise."""
+    for step in made.program.steps:
+        computed = [a for a in step.arguments if isinstance(a, str) and a[0] == "v"]
+        if step.op in ("eq", "ne") and computed and not any(isinstance(a, float) for a in step.arguments):
+            read = [made.operands[int(a[1:])] for a in step.arguments if isinstance(a, str) and a[0] == "o"]
+            if not any(original(node) in found for node in read):
+                return False
+    return True
 
 
 def _is_short(node: fx.Node) -> bool:

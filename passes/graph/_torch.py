@@ -52,6 +52,9 @@ from torch._dynamo.variables.base import AsPythonConstantNotImplementedError
 # Dynamo's list of functions that it asks `__torch_function__` about; it leaves out those of torch.sparse.
 from torch._dynamo.variables.torch import get_overridable_functions
 
+# How AOTAutograd marks sizes of tensors that one graph hands to the next: with a name of its own from 2.13 on.
+from torch._functorch._aot_autograd import runtime_wrappers
+
 # Descriptors of the inputs and outputs of AOTAutograd's graphs: which of Dynamo's they are, and which output is saved
 # for backward; `output.meta["desc"]` must list one per output (2.11+).
 from torch._functorch._aot_autograd.descriptors import (
@@ -276,11 +279,14 @@ def compiling() -> bool:
 def make_sizes_constant(values: Any) -> None:
     """Has Dynamo take the sizes of tensors as constants that were symbols in the graph that returned them.
 
-    AOTAutograd marks these tensors for the graphs that follow (`_dynamo_propagated_dynamic_indices`, 2.13 and 2.14).
+    AOTAutograd marks these tensors for the graphs that follow (`_dynamo_propagated_dynamic_indices`, 2.13 and 2.14;
+    2.11 does so as users do, `_dynamo_weak_dynamic_indices`).
     """
+    of_their_own = hasattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices")
+    mark = "_dynamo_propagated_dynamic_indices" if of_their_own else "_dynamo_weak_dynamic_indices"
     for value in pytree.tree_leaves(values):
-        if isinstance(value, torch.Tensor) and hasattr(value, "_dynamo_propagated_dynamic_indices"):
-            del value._dynamo_propagated_dynamic_indices
+        if isinstance(value, torch.Tensor) and hasattr(value, mark):
+            delattr(value, mark)
 
 
 def ask_before_unrolling(ask: Callable[[torch.Tensor | None], None]) -> None:

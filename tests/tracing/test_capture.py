@@ -247,7 +247,7 @@ def test_a_recurrence_of_changing_length_is_compiled_once_more():
         x = torch.randn(5, steps, 8)
         assert_close([model(x).detach()], [Recurrent.forward(model, x).detach()], within=1e-5)
         compiled.append(len(explain(model).graphs))
-    assert compiled[-1] == compiled[1] <= 3
+    assert compiled[-1] == compiled[2] <= 3  # 2.11 learns a size later
 
 
 def test_packed_sequences_end_the_graph_as_they_did():

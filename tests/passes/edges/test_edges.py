@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch_geometric import nn as pyg
 
 import actcompile.backend  # noqa: F401  the module; `actcompile.backend` is the function
@@ -342,3 +343,31 @@ def test_16_bit_models(name, dtype):
         if a is not None:
             assert a.isfinite().all()
             assert (a - b).float().norm() < 0.1 * b.float().norm() + 0.1
+
+
+class Largest(nn.Module):
+    """The largest of messages that are made of sums or maxima over neighbours, or of a start where that is included."""
+
+    def __init__(self, kind, included):
+        super().__init__()
+        self.linear, self.kind, self.included = nn.Linear(IN, WIDTH), kind, included
+
+    def forward(self, x, edge_index):
+        h, (source, target) = self.linear(x), edge_index
+        index = target.view(-1, 1).expand(-1, WIDTH)
+        if self.kind == "sum":
+            made = torch.zeros_like(h).index_add(0, target, h[source])[target]
+        else:
+            made = torch.zeros_like(h).scatter_reduce(0, index, h[source], "amax", include_self=False)
+            made = {"target": made[target], "source": made[source], "both": made[target] + h[source]}[self.kind]
+        start = h.new_full(h.shape, 0.1)
+        return start.scatter_reduce(0, index, F.gelu(made), "amax", include_self=self.included)
+
+
+@pytest.mark.parametrize(
+    ("kind", "included"), [("sum", False), ("target", True), ("target", False), ("source", True), ("both", False)]
+)
+def test_a_maximum_that_is_not_fused_is_compared_with_what_torch_computes(kind, included):
+    """A message that is computed anew elsewhere may differ in the last bit: none would be the largest, 0 / 0."""
+    torch.manual_seed(0)
+    check(Largest(kind, included), graph(dtype=torch.float32), within=1e-5)

@@ -12,6 +12,7 @@ from tests.passes.edges.test_edges import called, check, graphs, wide  # noqa: F
 
 ATOMS, BONDS = 5, 4
 aten = torch.ops.aten
+OF_ITS_OWN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # before, the gradient is any sum by index
 LOOKUPS = (aten.embedding.default, aten._unsafe_masked_index_put_accumulate.default)
 
 
@@ -46,7 +47,7 @@ def test_embedded_bonds_are_taken_inside_of_regions(options, edges, graphs):
     torch.manual_seed(0)
     check(Molecules(**options).double(), molecules(edges=edges))
     if edges == 70:  # rows of edges are told from rows of nodes by their number
-        assert len(called(graphs, *LOOKUPS)) == 2  # of atoms
+        assert len(called(graphs, *LOOKUPS)) == 1 + OF_ITS_OWN  # of atoms
         assert wide(graphs, edges, 1) == []
 
 
@@ -65,4 +66,4 @@ def test_embeddings_without_message_passing_are_left_to_torch(graphs):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(7, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3)).double()
     check(model, [torch.randint(7, (40,))])
-    assert called(graphs, aten.embedding.default)
+    assert called(graphs, aten.embedding.default) or not OF_ITS_OWN
