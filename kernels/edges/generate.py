@@ -2,6 +2,10 @@
 
 Threads take chunks of nodes with about as many edges each. Rows of the edges to come are fetched ahead. Sums are taken
 in float32 for 16-bit tensors, in float64 where an operand or a result is of float64.
+
+The number of heads is a constant of a kernel, and that of columns where they are few: loops over them are unrolled, and
+what is computed once for each head is so for all heads in one vector. Masks stay bits: a word of them is shifted by the
+lanes of a vector.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 
-from .program import OPS, REDUCTIONS, Operand, Output, Program, parse
+from .program import COMPARING, INNER, OPS, REDUCTIONS, Operand, Output, Program, parse, width
 
 TYPES = {"float32": "float", "float64": "double", "bfloat16": "bf16", "bool": "uint8_t", "bits": "uint8_t"}
 
@@ -72,6 +76,14 @@ static inline void unpack(const uint8_t* bits, int64_t size, uint8_t* row) {
     memcpy(row + f, &x, 8);
   }
 }
+static inline void copy(const uint8_t* bits, int64_t size, uint8_t* row) {
+  for (int64_t f = 0; f < size; f++) row[f] = bits[f];
+}
+static inline uint32_t word(const uint8_t* bits, int64_t first) {  // of `BLOCK` bits at least
+  uint32_t x;
+  memcpy(&x, bits + (first >> 3), 4);
+  return x >> (first & 7);
+}
 static inline void pack(uint8_t* row, int64_t size, uint8_t* bits) {
   memset(row + size, 0, 8);
   for (int64_t f = 0; f < size; f += 8) {
@@ -88,14 +100,22 @@ INFINITY = "std::numeric_limits<T>::infinity()"
 LIMITS = {"inf": INFINITY, "-inf": f"(-{INFINITY})", "nan": "std::numeric_limits<T>::quiet_NaN()"}
 START = {"sum": "T(0)", "max": LIMITS["-inf"], "min": LIMITS["inf"]}
 ARGUMENTS = "const void* const* in, void* const* out, const int32_t* pointer, const int32_t* order, "
-ARGUMENTS += "const int32_t* const* index, int64_t nodes, int64_t heads, int64_t columns, int32_t threads"
+ARGUMENTS += "const int32_t* const* index, int64_t nodes, int64_t columns, int32_t threads"
+NARROW = 16  # columns, at most: few enough that their number is a constant
+WORD, BLOCK = 32, 16  # bits of a word; of them those that are one vector's, wherever in a byte they begin
+TOGETHER = 64  # heads, at most: what is computed for each is kept for all
+AHEAD = 8  # edges: so far ahead rows are fetched
 
 
 @lru_cache(maxsize=1024)
-def generate(text: str) -> str:
-    """The source of a function `run` that does what the program written down as `text` does."""
+def generate(text: str, heads: int, columns: int) -> str:
+    """The source of a function `run` that does what the program written down as `text` does.
+
+    Args:
+        heads, columns: the sizes of its axes; of columns 0 for any number above `NARROW`.
+    """
     program = parse(text)
-    return head(program) + Source(program).function()
+    return head(program) + Source(program, heads, columns).function()
 
 
 def head(program: Program) -> str:
@@ -107,14 +127,15 @@ def head(program: Program) -> str:
 class Source:
     """Writes the source of a program, edge by edge."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, heads: int, columns: int) -> None:
+        self.program, self.columns = program, columns
         ends: tuple[Operand | Output, ...] = (*program.operands, *program.outputs)
         self.double = program.is_double
         self.levels = {part.level for part in (*ends, *program.steps)}
         self.has_heads = any("h" in level for level in self.levels)
+        self.heads = heads if self.has_heads else 1
         self.folded = [i for i, o in enumerate(program.outputs) if o.kind in REDUCTIONS]
-        self.bits_in = [i for i, o in enumerate(program.operands) if o.dtype == "bits"]
+        self.masks = {i: self._mask(o) for i, o in enumerate(program.operands) if o.dtype == "bits"}
         self.bits_out = [i for i, o in enumerate(program.outputs) if o.dtype == "bits"]
         self.shown: Collection[int] | None = None  # the steps that results are computed with, if not all
         self.apart = [i for i in self.folded if not self._in_place(i)]  # summed up in a row of their own, then stored
@@ -122,11 +143,19 @@ class Source:
     def _in_place(self, output: int) -> bool:
         return self.program.outputs[output].dtype == ("float64" if self.double else "float32")
 
+    def _mask(self, operand: Operand) -> str:
+        """How bits are read: of a row that is a word, of blocks of a row, or unpacked, one in each byte."""
+        level = operand.level
+        if ("c" not in level or self.columns) and width(level, self.heads, self.columns, self.program.inner) <= WORD:
+            return "word"
+        return "bytes" if any(axis in INNER for axis in level) else "block"
+
     def function(self) -> str:
         program = self.program
         lines = [
             f'extern "C" void run({ARGUMENTS}) {{',
-            "const int64_t H = heads, C = columns, HC = heads * columns, edges = pointer[nodes], work = edges + nodes;",
+            f"const int64_t H = {self.heads}, C = {self.columns or 'columns'}, HC = H * C;",
+            "const int64_t edges = pointer[nodes], work = edges + nodes;",
             *(f"const auto* const o{i} = (const {TYPES[o.dtype]}*)in[{i}];" for i, o in enumerate(program.operands)),
             *(f"auto* const r{i} = ({TYPES[o.dtype]}*)out[{i}];" for i, o in enumerate(program.outputs)),
             *self._before(),
@@ -134,7 +163,11 @@ class Source:
             "#pragma omp parallel num_threads(threads)",
             "{",
             *(f"Row<T> row{i}({self.width(program.outputs[i].level)});" for i in self.apart),
-            *(f"Row<uint8_t> in_bits{i}({self.width(program.operands[i].level)} + 8);" for i in self.bits_in),
+            *(
+                f"Row<uint8_t> in_bits{i}({self.width(program.operands[i].level)} + 8);"
+                for i, how in self.masks.items()
+                if how != "word"
+            ),
             *(f"Row<uint8_t> out_bits{i}({self.width(program.outputs[i].level)} + 8);" for i in self.bits_out),
             *self._thread(),
             f"#pragma omp for schedule({self.schedule})",
@@ -188,7 +221,7 @@ class Source:
             *self._rows_of_node("i", everything),
             *self._begin(),
             "for (int64_t k = pointer[i]; k < pointer[i + 1]; k++) {",
-            *self._rows_of_edge(everything, "k + 3 < edges ? k + 3 : k"),
+            *self._rows_of_edge(everything, f"k + {AHEAD} < edges ? k + {AHEAD} : k"),
             *self._results(),
             "}",
             *self._end(),
@@ -212,18 +245,26 @@ class Source:
         lines = ["const int64_t e = order ? order[k] : k;"]
         for j in sorted({o.index for o in operands.values() if o.where == "take" and o.index >= 0}):
             lines.append(f"const int64_t n{j} = index[{j}][k], next{j} = index[{j}][{later}];")
+        if any(o.where == "edge" for o in operands.values()):
+            lines.append(f"const int64_t later = order ? order[{later}] : e;")
         for i, operand in operands.items():
             width = self.width(operand.level)
-            if operand.where == "take" and operand.index >= 0:
-                lines.append(f"const auto* const __restrict p{i} = o{i} + n{operand.index} * {width};")
-                ahead = f"(const char*)(o{i} + next{operand.index} * {width})"
-                step = f"f < {width} * (int64_t)sizeof(*o{i})"
-                lines.append(f"for (int64_t f = 0; {step}; f += 64) __builtin_prefetch({ahead} + f);")
-            elif operand.dtype == "bits":
-                lines.append(f"unpack(o{i} + e * (({width} + 7) / 8), {width}, in_bits{i}.data);")
+            taken = operand.where == "take" and operand.index >= 0
+            if not taken and operand.where != "edge":
+                continue
+            size = f"(({width} + 7) / 8)" if operand.dtype == "bits" else width
+            row, ahead = (f"n{operand.index}", f"next{operand.index}") if taken else ("e", "later")
+            nbytes = f"{size} * (int64_t)sizeof(*o{i})"
+            address = f"(const char*)(o{i} + {ahead} * {size}) + f"
+            lines.append(f"for (int64_t f = 0; f < {nbytes}; f += 64) __builtin_prefetch({address});")
+            if operand.dtype != "bits":
+                lines.append(f"const auto* const __restrict p{i} = o{i} + {row} * {size};")
+            elif self.masks[i] == "word":
+                lines.append(f"uint32_t m{i} = 0; memcpy(&m{i}, o{i} + {row} * {size}, {size});")
+            else:
+                how, number = ("unpack", width) if self.masks[i] == "bytes" else ("copy", size)
+                lines.append(f"{how}(o{i} + {row} * {size}, {number}, in_bits{i}.data);")
                 lines.append(f"const uint8_t* const __restrict p{i} = in_bits{i}.data;")
-            elif operand.where == "edge":
-                lines.append(f"const auto* const __restrict p{i} = o{i} + e * {width};")
         return lines
 
     def _begin(self) -> list[str]:
@@ -267,30 +308,72 @@ class Source:
             if _nest(output) == "" and output.kind != "dot":
                 lines.append(self._write(i, output))
         if self.levels != {""} or any(o.kind == "dot" for o in program.outputs):
-            lines += [f"for (int64_t h = 0; h < {'H' if self.has_heads else '1'}; h++) {{", *self._head(), "}"]
+            lines += self._head()
         for i in self.bits_out:
             width = self.width(program.outputs[i].level)
             lines.append(f"pack(b{i}, {width}, r{i} + e * (({width} + 7) / 8));")
         return lines
 
     def _head(self) -> list[str]:
-        program = self.program
-        lines = self._steps("h", self.shown)
-        dots = [i for i, o in enumerate(program.outputs) if o.kind == "dot"]
-        lines += [self._write(i, o) for i, o in enumerate(program.outputs) if _nest(o) == "h" and o.kind != "dot"]
-        inner = [i for i, o in enumerate(program.outputs) if _nest(o) in ("c", "hc") or o.kind == "dot"]
+        """What is done for each head: first for all of them what has no columns, then the columns."""
+        outputs = [(i, o) for i, o in enumerate(self.program.outputs) if _nest(o) != "" or o.kind == "dot"]
+        by_head = [self._write(i, o) for i, o in outputs if _nest(o) == "h" and o.kind != "dot"]
+        inner = [(i, o) for i, o in outputs if _nest(o) in ("c", "hc") or o.kind == "dot"]
+        steps = self._steps("h", self.shown)
+        heads = "for (int64_t h = 0; h < H; h++) {"
+        if not 1 < self.heads <= TOGETHER:
+            return [heads, *steps, *by_head, *self._columns(inner), "}"]
+        shared = self._shared(inner)
+        lines = [f"{'bool' if self.program.steps[j].op in COMPARING else 'T'} all{j}[H];" for j in shared]
+        lines += ["#pragma omp simd", heads, *steps, *by_head, *(f"all{j}[h] = v{j};" for j in shared), "}"]
         if inner:
-            lines += [f"T d{i} = 0;" for i in dots]
+            lines += [heads, *(f"const auto v{j} = all{j}[h];" for j in shared), *self._columns(inner), "}"]
+        return lines
+
+    def _shared(self, inner: Iterable[tuple[int, Output]]) -> list[int]:
+        """The steps without columns that are read where there are some."""
+        read = {o.value for _, o in inner}
+        read |= {
+            str(a)
+            for i, step in enumerate(self.program.steps)
+            if "c" in step.level and (self.shown is None or i in self.shown)
+            for a in step.arguments
+        }
+        return [i for i, step in enumerate(self.program.steps) if step.level == "h" and f"v{i}" in read]
+
+    def _columns(self, inner: list[tuple[int, Output]]) -> list[str]:
+        """The loop over the columns of a head."""
+        if not inner:
+            return []
+        dots = [i for i, o in inner if o.kind == "dot"]
+        steps = self._steps("c", self.shown)
+        done = [f"d{i} += {self._value(o.value)};" if i in dots else self._write(i, o) for i, o in inner]
+        text = " ".join((*steps, *done))
+        blocks = [i for i, how in self.masks.items() if how == "block" and f"(m{i} " in text]
+        if not blocks:
+            lines = [f"T d{i} = 0;" for i in dots]
             sums = f" reduction(+: {', '.join(f'd{i}' for i in dots)})" if dots else ""
-            lines += [f"#pragma omp simd{sums}", "for (int64_t c = 0; c < C; c++) {", *self._steps("c", self.shown)]
-            for i in inner:
-                output = program.outputs[i]
-                lines.append(f"d{i} += {self._value(output.value)};" if i in dots else self._write(i, output))
-            lines.append("}")
+            lines += [f"#pragma omp simd{sums}", "for (int64_t c = 0; c < C; c++) {", *steps, *done, "}"]
+        else:
+            done = [f"s{i}[l] += {self._value(o.value)};" if i in dots else self._write(i, o) for i, o in inner]
+            lines = [f"T s{i}[{BLOCK}] = {{}}, d{i} = 0;" for i in dots]
             lines += [
-                f"store(r{i}, e * {self.width(program.outputs[i].level)}{self.at(program.outputs[i].level)}, d{i});"
-                for i in dots
+                "const auto block = [&](const int64_t first, const int64_t size) __attribute__((always_inline)) {"
             ]
+            for i in blocks:
+                row = "h * C + " if "h" in self.program.operands[i].level else ""
+                lines.append(f"const uint32_t m{i} = word(p{i}, {row}first);")
+            lines += [
+                "#pragma omp simd",
+                "for (int64_t l = 0; l < size; l++) {", "const int64_t c = first + l;", *steps, *done, "}", "};",
+                "int64_t f = 0;",
+                f"for (; f + {BLOCK} <= C; f += {BLOCK}) block(f, {BLOCK});",
+                "if (f < C) block(f, C - f);",
+            ]  # fmt: skip
+            lines += [f"for (int64_t l = 0; l < {BLOCK}; l++) d{i} += s{i}[l];" for i in dots]
+        for i in dots:
+            level = self.program.outputs[i].level
+            lines.append(f"store(r{i}, e * {self.width(level)}{self.at(level)}, d{i});")
         return lines
 
     def _write(self, i: int, output: Output) -> str:
@@ -328,7 +411,14 @@ class Source:
         if argument[0] == "v":
             return argument
         i = int(argument[1:])
-        return f"load(p{i}, 0{self.at(self.program.operands[i].level)})"
+        at = self.at(self.program.operands[i].level)
+        match self.masks.get(i):
+            case "word":
+                return f"((m{i} >> (0{at}) & 1u) != 0)"
+            case "block":
+                columns = "c" in self.program.operands[i].level
+                return f"((m{i} >> l & 1u) != 0)" if columns else f"((p{i}[(0{at}) / 8] >> (0{at}) % 8 & 1) != 0)"
+        return f"load(p{i}, 0{at})"
 
 
 def _nest(output: Output) -> str:

@@ -68,17 +68,17 @@ static inline void flush(T* part, T* sum, int64_t size) {
 
 
 @lru_cache(maxsize=1024)
-def generate_products(text: str) -> str:
-    """The source of a function `run` that does what the program written down as `text` does."""
+def generate_products(text: str, heads: int, columns: int) -> str:
+    """The source of a function `run` that does what the program written down as `text` does; sizes as in `generate`."""
     program = parse(text)
-    return head(program) + PRODUCTS + _Tiled(program).function()
+    return head(program) + PRODUCTS + _Tiled(program, heads, columns).function()
 
 
 class _Tiled(Source):
     schedule = "static"
 
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
+    def __init__(self, program: Program, heads: int, columns: int) -> None:
+        super().__init__(program, heads, columns)
         self.products = [i for i, step in enumerate(program.steps) if step.op == "product"]
         self.outer = [i for i, output in enumerate(program.outputs) if output.kind == "outer"]
         self.shown = self._needed([output.value for output in program.outputs])[0]

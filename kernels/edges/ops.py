@@ -14,13 +14,13 @@ from torch import Tensor
 
 from .._cpp import I32, I64, P, begin, compile_source
 from ..cuda import forms
-from .generate import generate
+from .generate import NARROW, generate
 from .generate_products import generate_products
 from .group import MOST, Grouping, group, grouping, row_of
 from .program import Operand, Output, Program, Step, dtype_of, parse, row_size, rows_of, run_reference
 
-RUN = {"run": (P, P, P, P, P, I64, I64, I64, I32)}
-_kernels: dict[str, Future[ctypes.CDLL | None]] = {}
+RUN = {"run": (P, P, P, P, P, I64, I64, I32)}
+_kernels: dict[tuple[str, int, int], Future[ctypes.CDLL | None]] = {}
 _lock = Lock()
 ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
 # A CUDA graph that is replayed calls nothing in Python: it would read the grouping of the edges that it was made with.
@@ -153,26 +153,27 @@ def _(by, by_row, nodes):
     return by.new_empty(nodes + 1, dtype=torch.int32), by.new_empty(by.shape[-1], dtype=torch.int32)
 
 
-def compiled(text: str) -> ctypes.CDLL | None:
-    """The library of a program's kernel; None where it can't be compiled."""
-    return _begun(text).result()
+def compiled(text: str, heads: int, columns: int) -> ctypes.CDLL | None:
+    """The library of a program's kernel for these sizes of its axes; None where it can't be compiled."""
+    return _begun(text, heads, columns).result()
 
 
-def prepare(text: str, device: torch.device) -> None:
+def prepare(text: str, device: torch.device, heads: int, columns: int) -> None:
     """Begins to compile a program's kernel, beside what else goes on, unless that has begun already.
 
     On CUDA, Triton compiles it when it is launched first.
     """
     if device.type == "cpu":
-        _begun(text)
+        _begun(text, heads, columns)
 
 
-def _begun(text: str) -> Future[ctypes.CDLL | None]:
+def _begun(text: str, heads: int, columns: int) -> Future[ctypes.CDLL | None]:
+    key = text, heads, columns if columns <= NARROW else 0
     with _lock:
-        if text not in _kernels:
+        if key not in _kernels:
             source = generate_products if parse(text).inner else generate
-            _kernels[text] = begin(lambda: compile_source(source(text), RUN))
-        return _kernels[text]
+            _kernels[key] = begin(lambda: compile_source(source(*key), RUN))
+        return _kernels[key]
 
 
 def _run(
@@ -190,7 +191,7 @@ def _run(
 ) -> list[Tensor]:
     operands = [o.contiguous() for o in operands]
     count = by.shape[-1]
-    run = kernel_for(by.device, text) if max(count, nodes) < MOST else None
+    run = kernel_for(by.device, text, heads, columns) if max(count, nodes) < MOST else None
     if run is None:
         others = [row_of(*pair) for pair in zip(indices, rows, strict=True)]
         return run_reference(program, operands, row_of(by, by_row), others, nodes, heads, columns)
@@ -219,12 +220,12 @@ def _sort(by: Tensor, by_row: int, nodes: int, grouped: Sequence[Tensor]) -> Gro
     return (group if by.is_inference() else grouping)(by, by_row, nodes)
 
 
-def kernel_for(device: torch.device, text: str) -> Run | None:
-    """What runs a program on a device; None where that is the reference."""
+def kernel_for(device: torch.device, text: str, heads: int, columns: int) -> Run | None:
+    """What runs a program, with these sizes of its axes, on a device; None where that is the reference."""
     if device.type == "cuda":
         run = forms().edges
         return None if run is None or parse(text).inner else partial(run, text)
-    library = compiled(text) if device.type == "cpu" else None
+    library = compiled(text, heads, columns) if device.type == "cpu" else None
     return None if library is None else partial(_run_cpp, library)
 
 
@@ -242,7 +243,7 @@ def _run_cpp(
     threads = 1 if (count + nodes) * heads * columns < ALONE else torch.get_num_threads()
     library.run(
         addresses(operands), addresses(results), sort.pointer.data_ptr(), _order(sort), addresses(others),
-        nodes, heads, columns, threads,
+        nodes, columns, threads,
     )  # fmt: skip
 
 

@@ -22,12 +22,12 @@ def loop(program: str, heads: int, columns: int, size: Sequence[int], *operands:
         heads, columns: the sizes of its axes.
         size: of the result.
     """
-    parsed, library = parse(program), compiled(program)
+    parsed, library = parse(program), compiled(program, heads, columns)
     if library is None:
         by = torch.zeros(size[0], dtype=torch.int64)
         return run_reference(parsed, operands, by, [], 1, heads, columns)[0].view(size)
     dense = [o.contiguous() for o in operands]
     result = torch.empty(size, dtype=dtype_of(parsed.outputs[0]))
     pointer = (I32 * 2)(0, size[0])  # one node has all edges
-    library.run(addresses(dense), addresses([result]), pointer, None, addresses([]), 1, heads, columns, 1)
+    library.run(addresses(dense), addresses([result]), pointer, None, addresses([]), 1, columns, 1)
     return result

@@ -78,7 +78,8 @@ def prepare_loops(program: str) -> None:
     """Begins to compile what a program's loops need."""
     for step in parse(program).steps:
         if step.op == LOOP:
-            prepare(step.args[0], torch.device("cpu"))
+            text, heads, columns, *_ = step.args
+            prepare(text, torch.device("cpu"), heads, columns)
 
 
 def _call(step: Step, operands: Sequence[Tensor]) -> tuple[Callable[..., Any], list[Arg], dict[str, Arg]]:

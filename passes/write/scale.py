@@ -28,14 +28,14 @@ def scale(graph: fx.Graph) -> None:
         rows, factor, divides = found
         if all(reader < node for reader in readers_of(root(rows))):  # then nothing else takes memory there
             continue
-        dtype = str(matrix.meta["val"].dtype).removeprefix("torch.")
-        program = aggregation(dtype, scale=True)
-        prepare(program, matrix.meta["val"].device)
+        value = matrix.meta["val"]
+        program = aggregation(str(value.dtype).removeprefix("torch."), scale=True)
+        prepare(program, value.device, 1, value.shape[1])
         with graph.inserting_before(node):
             if divides:
                 factor = call(graph, aten.reciprocal.default, factor, like=factor)
             sums = call(
-                graph, ops.edges.default, program, by, by_row, nodes, 1, matrix.meta["val"].shape[1], [take],
+                graph, ops.edges.default, program, by, by_row, nodes, 1, value.shape[1], [take],
                 [take_row], [rows, factor], grouped, like=node,
             )  # fmt: skip
             result = call(graph, operator.getitem, sums, 0, like=node)

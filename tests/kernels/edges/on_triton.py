@@ -30,7 +30,7 @@ def interpreted(function):
     return apply
 
 
-def kernel_for(_, text):
+def kernel_for(_, text, heads, columns):
     """Products in programs are for the CPU only: of these the reference is run."""
     return None if triton_run.parse(text).inner else partial(triton_run.run_triton, text)
 
@@ -49,5 +49,5 @@ def on_triton(monkeypatch):
     monkeypatch.setattr(triton_run, "_run_output", counted)
     monkeypatch.setattr(group_file, "has_compiler", lambda: False)
     monkeypatch.setattr(ops_file, "kernel_for", kernel_for)
-    monkeypatch.setattr(ops_file, "_begun", lambda text: None)
+    monkeypatch.setattr(ops_file, "_begun", lambda text, heads, columns: None)
     return ran

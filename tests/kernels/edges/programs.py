@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from actcompile.kernels.edges.program import COMPARING, REDUCTIONS, Operand, Output, Program, Step, width
+from actcompile.kernels.edges.program import COMPARING, REDUCTIONS, Operand, Output, Program, Step, packed, width
 
 LEVELS = ("", "h", "c", "hc")
 EXACT = {"add": 2, "sub": 2, "mul": 2, "div": 2, "neg": 1, "abs": 1, "sqrt": 1, "reciprocal": 1, "relu": 1}
@@ -22,11 +22,13 @@ def programs(draw, floats=("float32", "bfloat16")):
     operands, values = [], []  # a value: its name, level, whether it is a bool, whether it is to the bit
     for i in range(draw(st.integers(1, 4))):
         where = draw(st.sampled_from(("take", "by", "edge", "all")))
-        dtype = "bool" if i and draw(st.integers(0, 4)) == 0 else draw(st.sampled_from(floats))
+        dtype = draw(st.sampled_from(floats))
+        if i and draw(st.integers(0, 3)) == 0:
+            dtype = "bits" if where == "edge" and draw(st.booleans()) else "bool"
         index = {"take": draw(st.integers(0, 1)), "by": -1}.get(where, -1)
         level = draw(st.sampled_from(LEVELS))
         operands.append(Operand("take" if where == "by" else where, index, level, dtype))
-        values.append((f"o{i}", level, dtype == "bool", True))
+        values.append((f"o{i}", level, dtype in ("bool", "bits"), True))
     used = sorted({o.index for o in operands if o.where == "take" and o.index >= 0})
     operands = [Operand(o.where, used.index(o.index) if o.index >= 0 else -1, o.level, o.dtype) for o in operands]
     steps = []
@@ -70,7 +72,7 @@ def programs(draw, floats=("float32", "bfloat16")):
             level = level.replace("c", "")
         elif kind != "edge" or draw(st.booleans()):
             level = join(level, draw(st.sampled_from(LEVELS))) if not truth else level
-        outputs.append(Output(kind, name, level, "bool" if truth else draw(st.sampled_from(floats))))
+        outputs.append(Output(kind, name, level, draw(st.sampled_from(("bool", "bits") if truth else floats))))
         exact.append(bits and kind != "dot")
     return Program(tuple(operands), tuple(steps), tuple(outputs)), exact
 
@@ -106,5 +108,8 @@ def data(program, nodes, edges, heads, columns, seed=0, special=0.0):
         x = (2 * torch.randn(size, generator=generator, dtype=torch.float64)).round() / 2
         for value in (torch.inf, -torch.inf, torch.nan):
             x[torch.rand(size, generator=generator) < special] = value
-        tensors.append(x > 0 if operand.dtype == "bool" else x.to(getattr(torch, operand.dtype)))
+        if operand.dtype in ("bool", "bits"):
+            tensors.append(packed(x > 0) if operand.dtype == "bits" else x > 0)
+        else:
+            tensors.append(x.to(getattr(torch, operand.dtype)))
     return tensors
