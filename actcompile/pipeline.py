@@ -24,7 +24,7 @@ from actcompile.passes.graph.find import SavedActivation, find
 from actcompile.passes.graph.origin import module_path
 from actcompile.passes.graph.reach import reach
 from actcompile.passes.graph.sizes import sizes
-from actcompile.passes.graph.split import Split
+from actcompile.passes.graph.split import Split, is_input, root
 from actcompile.passes.plan.fit import Fitted, Impossible
 from actcompile.passes.plan.memory import lifetimes, live_bytes
 from actcompile.passes.plan.pins import parameters_of, pinned
@@ -45,6 +45,7 @@ from actcompile.passes.write.own import own
 from actcompile.passes.write.rewrite import rewrite
 from actcompile.passes.write.scale import scale
 from actcompile.passes.write.tile import tile
+from actcompile.passes.write.together import together
 from actcompile.passes.write.verify import verify
 
 from .bounds import fit
@@ -321,10 +322,13 @@ def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -
     verify(split, plan, outputs, gradients)
     tile(split.backward.graph)
     late(split)
+    inputs = {n for n in split.forward.graph.find_nodes(op="placeholder") if is_input(n)}
+    inputs |= {placeholder for node, placeholder in split.pairs if root(node) in inputs}
     for module, results in ((split.forward, len(outputs)), (split.backward, gradients)):
+        scale(module.graph)
+        together(module.graph, inputs)
         own(module.graph, results)
         accumulate(module.graph)
-        scale(module.graph)
         module.recompile()
 
 

@@ -350,7 +350,7 @@ class Source:
         done = [f"d{i} += {self._value(o.value)};" if i in dots else self._write(i, o) for i, o in inner]
         text = " ".join((*steps, *done))
         blocks = [i for i, how in self.masks.items() if how == "block" and f"(m{i} " in text]
-        if not blocks:
+        if not blocks and not any(o.dtype == "bits" for _, o in inner):
             lines = [f"T d{i} = 0;" for i in dots]
             sums = f" reduction(+: {', '.join(f'd{i}' for i in dots)})" if dots else ""
             lines += [f"#pragma omp simd{sums}", "for (int64_t c = 0; c < C; c++) {", *steps, *done, "}"]

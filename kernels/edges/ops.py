@@ -158,7 +158,7 @@ def compiled(text: str, heads: int, columns: int) -> ctypes.CDLL | None:
     return _begun(text, heads, columns).result()
 
 
-def prepare(text: str, device: torch.device, heads: int, columns: int) -> None:
+def prepare_edges(text: str, device: torch.device, heads: int, columns: int) -> None:
     """Begins to compile a program's kernel, beside what else goes on, unless that has begun already.
 
     On CUDA, Triton compiles it when it is launched first.

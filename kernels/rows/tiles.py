@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..blocks.format import BlockFormat
 from ..cpu import decoder, unpack_bits_on_cpu
-from ..edges.ops import prepare
+from ..edges.ops import prepare_edges
 from .loops import loop
 from .threads import in_threads
 
@@ -79,7 +79,7 @@ def prepare_loops(program: str) -> None:
     for step in parse(program).steps:
         if step.op == LOOP:
             text, heads, columns, *_ = step.args
-            prepare(text, torch.device("cpu"), heads, columns)
+            prepare_edges(text, torch.device("cpu"), heads, columns)
 
 
 def _call(step: Step, operands: Sequence[Tensor]) -> tuple[Callable[..., Any], list[Arg], dict[str, Arg]]:

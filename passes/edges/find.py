@@ -162,10 +162,15 @@ class Finder:
             return None
         if not all(isinstance(size, int) for size in sizes) or not 0 < sizes[0] * sizes[1] <= LARGEST:
             return None
+        pairs = [(other, rows), (rows, other)]  # the second is an inner axis
+        if self.rows.taken(rows) and not self.rows.taken(other):
+            pairs.reverse()  # what is read as it is: then regions that compute the same rows can be one
         try:
-            made = self._apart(node, other, "outer", other=rows)
+            made = self._apart(node, pairs[0][0], "outer", other=pairs[0][1])
         except Unfit:  # the rows of one inner axis have heads, perhaps
-            made = self._apart(node, rows, "outer", other=other)
+            pairs.reverse()
+            made = self._apart(node, pairs[0][0], "outer", other=pairs[0][1])
+        if pairs[0][0] is rows:
             self.swapped.add(node)
         made.inside.append(transposed)
         return made

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import operator
 
 import torch
 from torch import fx
-
-from actcompile.kernels.edges.ops import aggregation, prepare
 
 from ..graph import _torch
 from ..graph.bodies import BODY, PARTIAL
@@ -51,10 +48,6 @@ class Writer:
             nodes = self._nodes(reduction)
             grouped = self._grouped(reduction.index, nodes, node)
             matrix, other = self._now(take.matrix), take.index
-            dtypes = (str(n.meta["val"].dtype)[6:] if n else None for n in (matrix, weight))
-            value = matrix.meta["val"]
-            columns = math.prod(map(_torch.size_hint, value.shape[1:]))
-            prepare(aggregation(*dtypes), value.device, 1, columns)  # type: ignore[arg-type]
             return call(
                 self.graph, ops.aggregate.default, matrix, weight and self._now(weight), other.tensor, other.row, by,
                 row, nodes, grouped, like=node,
@@ -85,7 +78,6 @@ class Writer:
         kind = made.program.outputs[0].kind
         reduction = reduction_of(end)
         program = made.program.dump()
-        prepare(program, end.meta["val"].device, made.heads, made.columns)  # while the rest is compiled
         with graph.inserting_before(end):
             nodes = self._nodes(reduction) if reduction is not None else self._rows(end)
             result = call(

@@ -1,5 +1,6 @@
-"""`prepare`: the C++ of codecs and of loops is compiled beside what Inductor does, so that the first step finds it."""
+"""`prepare`: the C++ of ours is compiled beside what Inductor does, so that the first step finds it."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -7,7 +8,10 @@ from torch import fx
 
 from actcompile.kernels.blocks.format import BlockFormat
 from actcompile.kernels.cpu import prepare_bits, prepare_format
+from actcompile.kernels.edges.ops import aggregation, prepare_edges
 from actcompile.kernels.rows.tiles import prepare_loops
+
+from ..graph import _torch
 
 ops = torch.ops.actcompile
 
@@ -21,6 +25,13 @@ def prepare(*graphs: fx.Graph) -> None:
     for graph in graphs:
         for node in graph.find_nodes(op="call_function", target=ops.row_sums.default):
             prepare_loops(node.args[0])  # type: ignore[arg-type]
+        for node in graph.find_nodes(op="call_function", target=ops.edges.default):
+            program, by, _, _, heads, columns, *_ = node.args
+            prepare_edges(program, by.meta["val"].device, heads, columns)  # type: ignore[arg-type, union-attr]
+        for node in graph.find_nodes(op="call_function", target=ops.aggregate.default):
+            matrix, weight, *_ = (n and n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
+            program = aggregation(*(str(v.dtype)[6:] for v in (matrix, weight) if v is not None))
+            prepare_edges(program, matrix.device, 1, math.prod(map(_torch.size_hint, matrix.shape[1:])))
 
 
 def formats(*graphs: fx.Graph) -> Iterator[tuple[BlockFormat, torch.dtype]]:

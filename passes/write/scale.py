@@ -10,7 +10,7 @@ import operator
 import torch
 from torch import fx
 
-from actcompile.kernels.edges.ops import aggregation, prepare
+from actcompile.kernels.edges.ops import aggregation
 
 from ..graph import _torch
 from ..graph.split import call, inherit_origin, is_tensor, readers_of, root
@@ -30,7 +30,6 @@ def scale(graph: fx.Graph) -> None:
             continue
         value = matrix.meta["val"]
         program = aggregation(str(value.dtype).removeprefix("torch."), scale=True)
-        prepare(program, value.device, 1, value.shape[1])
         with graph.inserting_before(node):
             if divides:
                 factor = call(graph, aten.reciprocal.default, factor, like=factor)
