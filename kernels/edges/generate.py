@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 
-from .program import COMPARING, INNER, OPS, REDUCTIONS, Operand, Output, Program, parse, width
+from .program import COMPARING, INNER, OPS, Operand, Output, Program, parse, width
 
 TYPES = {"float32": "float", "float64": "double", "bfloat16": "bf16", "bool": "uint8_t", "bits": "uint8_t"}
 
@@ -98,7 +98,7 @@ template <class V> static inline V smaller(V a, V b) { return a < b || a != a ? 
 
 INFINITY = "std::numeric_limits<T>::infinity()"
 LIMITS = {"inf": INFINITY, "-inf": f"(-{INFINITY})", "nan": "std::numeric_limits<T>::quiet_NaN()"}
-START = {"sum": "T(0)", "max": LIMITS["-inf"], "min": LIMITS["inf"]}
+START = {"sum": "T(0)", "total": "T(0)", "max": LIMITS["-inf"], "min": LIMITS["inf"]}
 ARGUMENTS = "const void* const* in, void* const* out, const int32_t* pointer, const int32_t* order, "
 ARGUMENTS += "const int32_t* const* index, int64_t nodes, int64_t columns, int32_t threads"
 NARROW = 16  # columns, at most: few enough that their number is a constant
@@ -134,14 +134,16 @@ class Source:
         self.levels = {part.level for part in (*ends, *program.steps)}
         self.has_heads = any("h" in level for level in self.levels)
         self.heads = heads if self.has_heads else 1
-        self.folded = [i for i, o in enumerate(program.outputs) if o.kind in REDUCTIONS]
+        self.folded = [i for i, o in enumerate(program.outputs) if o.kind in START]
+        self.totals = [i for i, o in enumerate(program.outputs) if o.kind == "total"]  # of nodes', chunk by chunk
         self.masks = {i: self._mask(o) for i, o in enumerate(program.operands) if o.dtype == "bits"}
         self.bits_out = [i for i, o in enumerate(program.outputs) if o.dtype == "bits"]
         self.shown: Collection[int] | None = None  # the steps that results are computed with, if not all
         self.apart = [i for i in self.folded if not self._in_place(i)]  # summed up in a row of their own, then stored
 
     def _in_place(self, output: int) -> bool:
-        return self.program.outputs[output].dtype == ("float64" if self.double else "float32")
+        made = self.program.outputs[output]
+        return made.kind != "total" and made.dtype == ("float64" if self.double else "float32")
 
     def _mask(self, operand: Operand) -> str:
         """How bits are read: of a row that is a word, of blocks of a row, or unpacked, one in each byte."""
@@ -160,6 +162,7 @@ class Source:
             *(f"auto* const r{i} = ({TYPES[o.dtype]}*)out[{i}];" for i, o in enumerate(program.outputs)),
             *self._before(),
             "const int64_t chunks = threads > 1 ? threads * 16 : 1;",
+            *(f"Row<T> totals{i}(chunks * {self.width(program.outputs[i].level)});" for i in self.totals),
             "#pragma omp parallel num_threads(threads)",
             "{",
             *(f"Row<T> row{i}({self.width(program.outputs[i].level)});" for i in self.apart),
@@ -181,16 +184,29 @@ class Source:
             "}",
             "ends[s] = chunk + s == chunks ? nodes : low;",
             "}",
+            *(f"T* const t{i} = totals{i}.data + chunk * {self.width(program.outputs[i].level)};" for i in self.totals),
             *self._chunk(),
             "}",
             *self._thread_done(),
             "}",
             *self._after(),
+            *(line for i in self.totals for line in self._total(i)),
             "}",
         ]
         return "\n".join(lines) + "\n"
 
     schedule = "dynamic, 1"
+
+    def _total(self, output: int) -> list[str]:
+        """Adds up what chunks add up to, in their order."""
+        size = self.width(self.program.outputs[output].level)
+        return [
+            f"for (int64_t f = 0; f < {size}; f++) {{",
+            "T total = 0;",
+            f"for (int64_t s = 0; s < chunks; s++) total += totals{output}.data[s * {size} + f];",
+            f"store(r{output}, f, total);",
+            "}",
+        ]
 
     def width(self, level: str) -> str:
         """The number of elements in a row, in C++."""
@@ -292,6 +308,9 @@ class Source:
         for i in self.folded:
             output = self.program.outputs[i]
             size = self.width(output.level)
+            if i in self.totals:
+                lines.append(f"for (int64_t f = 0; f < {size}; f++) t{i}[f] += a{i}[f];")
+                continue
             if output.kind != "sum":  # no edges: zero
                 lines.append(f"if (pointer[i] == pointer[i + 1]) for (int64_t f = 0; f < {size}; f++) a{i}[f] = 0;")
             if i in self.apart:
@@ -389,6 +408,7 @@ class Source:
             "max": f"larger({place}, T({value}))",
             "min": f"smaller({place}, T({value}))",
         }
+        new["total"] = new["sum"]
         return f"{place} = {new[kind]};"
 
     def _steps(self, loop: str, only: Collection[int] | None = None) -> list[str]:

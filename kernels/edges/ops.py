@@ -54,7 +54,7 @@ def edges(
             for as long as the tensor `by` lives. That is for tensors that live on, as inputs of a model do.
 
     Returns:
-        for each output of the program (nodes, width), (edges, width), or (inner axis, width).
+        for each output of the program (nodes, width), (edges, width), (1, width), or (inner axis, width).
 
     Raises:
         IndexError: an index names a node that there isn't.

@@ -58,8 +58,8 @@ class Output:
     """What is made of a value.
 
     kind: one of `REDUCTIONS`, over a node's edges; "edge", written down for each edge; "dot", its sum over columns,
-        written down for each edge; "outer", the sum over all edges of `other`, a row of the inner axis `axis`, times
-        `value`.
+        written down for each edge; "total", its sum over all edges; "outer", the sum over all edges of `other`, a row
+        of the inner axis `axis`, times `value`.
     dtype: as of an operand; "bits" for comparisons that are written down.
     """
 
@@ -122,6 +122,8 @@ def rows_of(program: Program, output: Output, nodes: Any, edges: Any) -> Any:
     """The number of rows of a result."""
     if output.kind == "outer":
         return width(output.axis, 1, 1, program.inner)
+    if output.kind == "total":
+        return 1
     return nodes if output.kind in REDUCTIONS else edges
 
 
@@ -191,7 +193,7 @@ def run_reference(
         by, indices: int64 or int32, (edges,); what is negative counts from the end.
 
     Returns:
-        (nodes, width), (edges, width), or (inner axis, width) for each output.
+        (nodes, width), (edges, width), (1, width), or (inner axis, width) for each output.
     """
     edges = by.shape[0]
     by = torch.where(by < 0, by + nodes, by)  # torch takes rows from the end, and adds up none there
@@ -233,6 +235,8 @@ def run_reference(
             value = values[output.other].expand(edges, 1, size).flatten(1).T @ value.flatten(1)
         elif output.kind == "dot":
             value = value.sum(2, keepdim=True)
+        elif output.kind == "total":
+            value = value.sum(0, keepdim=True)
         elif output.kind in REDUCTIONS:
             value = value.to(real) if value.dtype == torch.bool else value
             start = value.new_zeros(nodes, *value.shape[1:])

@@ -99,7 +99,13 @@ def run_triton(
     program = parse(text)
     numbers = nodes, edges, heads, columns
     for i, (output, result) in enumerate(zip(program.outputs, results, strict=True)):
-        if output.dtype == "bits" and not _is_packed_at_once(output, heads, columns):
+        if output.kind == "total":
+            dtype = "float64" if program.is_double else "float32"
+            apart = replace(program, outputs=(replace(output, kind="sum", dtype=dtype),)).dump()
+            by_node = result.new_empty(nodes, result.shape[1], dtype=getattr(torch, dtype))
+            _run_output(apart, 0, sort, others, operands, by_node, *numbers)
+            result.copy_(by_node.sum(0, keepdim=True))
+        elif output.dtype == "bits" and not _is_packed_at_once(output, heads, columns):
             apart = replace(program, outputs=(replace(output, dtype="bool"),)).dump()
             mask = result.new_empty(result.shape[0], width(output.level, heads, columns), dtype=torch.bool)
             _run_output(apart, 0, sort, others, operands, mask, *numbers)

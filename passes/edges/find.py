@@ -105,7 +105,7 @@ class Finder:
                 if width(value) == 1 or not self.rows.of_edges(value):
                     return None
                 if dims == [0]:
-                    return self._apart(node, value, "sum")
+                    return self._apart(node, value, "total")
                 if (
                     all(d % value.meta["val"].dim() for d in dims)
                     and len(dims) == 1

@@ -149,7 +149,7 @@ class Counted:
             kind = parse(text).outputs[args[1]].kind
             if kind in REDUCTIONS:
                 self.into.append((node, 0))
-            elif kind != "outer":  # of weights
+            elif kind not in ("outer", "total"):  # of weights
                 yield (by, -1), (node, 0)
         elif node.target is operator.getitem and _maker(node).target is ops.group_edges.default and args[1] == 1:
             yield (_maker(node).args[0], -1), (node, 0)

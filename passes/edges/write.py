@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..graph import _torch
-from ..graph.bodies import BODY, PARTIAL
+from ..graph.bodies import BODY
 from ..graph.split import call, inherit_origin
 from .find import Count, Finder, Found, Sums
 from .regions import Region
@@ -92,9 +92,7 @@ class Writer:
                 return part
             if kind == "outer":
                 return call(graph, aten.permute.default, part, [1, 0], like=end) if end in self.swapped else part
-            if kind == "sum" and reduction is None:  # over all edges: over those of each node, then over nodes
-                part = call(graph, aten.sum.dim_IntList, part, [0], like=end)
-                part.meta[PARTIAL] = True
+            if kind == "total":
                 return call(graph, aten.view.default, part, list(value.shape), like=end)
             if value.dim() == 2 and _torch.known_true(value.shape[1] == part.meta["val"].shape[1]):
                 return part

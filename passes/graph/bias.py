@@ -37,7 +37,7 @@ import torch
 from torch import fx
 
 from . import _torch
-from .bodies import BODY, PARTIAL, operands_of
+from .bodies import BODY, operands_of
 from .linearity import Polynomial, Term, rule_for
 from .signs import never_negative
 
@@ -187,8 +187,6 @@ class _Propagation:
         everything = functools.partial(self.of, (node.args, node.kwargs))
         if BODY in node.meta:
             return [self.inside(node, node.meta[BODY])]
-        if PARTIAL in node.meta:
-            return everything()
         if node.target is operator.getitem:
             whole, index = node.args
             parts = self.values.get(whole) if isinstance(whole, fx.Node) else None

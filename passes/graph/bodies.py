@@ -4,8 +4,6 @@ from torch import fx
 
 BODY = "actcompile_body"
 """In a node's meta: a graph whose first inputs are the node's operands, in order, and whose output is its result."""
-PARTIAL = "actcompile_partial"
-"""In a node's meta: it adds up the sums that an op with a body made of parts; the body has the whole sum."""
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:

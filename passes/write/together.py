@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from actcompile.kernels.edges.ops import aggregation
-from actcompile.kernels.edges.program import INNER, Operand, Output, Program, Step, parse
+from actcompile.kernels.edges.program import INNER, Operand, Output, Program, Step, parse, row_size
 
 from ..graph.split import call, reached_from, root
 
@@ -76,13 +76,21 @@ class _Pass:
         ends = [self.ends[o.index] if o.where == "take" and o.index >= 0 else None for o in self.program.operands]
         return list(zip(self.program.operands, ends, self.operands, strict=True))
 
+    def by_edge(self) -> dict[tuple[str, End | None, fx.Node], int]:
+        """The rows that are others for each edge, with their bytes."""
+        _, _, _, heads, columns = self.arguments
+        return {
+            (o.where, end, n): row_size(o, heads, columns, self.program.inner) * n.meta["val"].dtype.itemsize
+            for o, end, n in self.rows()
+            if o.where == "edge" or end is not None
+        }
+
     def shares(self, other: _Pass, inputs: Collection[fx.Node]) -> bool:
-        """Whether both read a row that is another for each edge, and of no input."""
-        mine, theirs = (
-            {(o.where, end, n) for o, end, n in made.rows() if o.where == "edge" or end is not None}
-            for made in (self, other)
-        )
-        return any(root(n) not in inputs for _, _, n in mine & theirs)
+        """Whether half of what either reads for an edge is the same, and not only of inputs."""
+        mine, theirs = self.by_edge(), other.by_edge()
+        both = mine.keys() & theirs.keys()
+        least = max(sum(mine.values()), sum(theirs.values())) / 2
+        return any(root(n) not in inputs for *_, n in both) and sum(mine[row] for row in both) >= least
 
     def results(self) -> Iterator[tuple[int, fx.Node]]:
         """The nodes that stand for its outputs, with the output's number."""

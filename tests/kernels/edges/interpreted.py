@@ -15,7 +15,6 @@ from actcompile.kernels.edges import triton_run
 from actcompile.kernels.edges.group import group
 from actcompile.kernels.edges.ops import aggregation
 from actcompile.kernels.edges.program import (
-    REDUCTIONS,
     Operand,
     Output,
     Program,
@@ -23,6 +22,7 @@ from actcompile.kernels.edges.program import (
     dtype_of,
     parse,
     row_size,
+    rows_of,
     run_reference,
 )
 from tests.kernels.edges.on_triton import on_triton  # noqa: F401  for every test here
@@ -57,7 +57,7 @@ def run(program, operands, by, others, nodes, heads, columns, wait=True):
     sort = group(by, -1, nodes, wait)
     arranged = [sort.arrange(other, -1, nodes, wait) for other in others]
     results = [
-        Poisoned((nodes if output.kind in REDUCTIONS else len(by), row_size(output, heads, columns)), dtype_of(output))
+        Poisoned((rows_of(program, output, nodes, len(by)), row_size(output, heads, columns)), dtype_of(output))
         for output in program.outputs
     ]
     operands = [between(x, float("nan") if x.is_floating_point() else 1) for x in operands]
@@ -82,7 +82,7 @@ def compare(program, exact, kind, index, sizes, special, seed, wait=True):
     double = any(o.dtype == "float64" for o in program.operands)
     for i, (a, b, to_the_bit, output) in enumerate(zip(ours, expected, exact, program.outputs, strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape
-        summed = output.kind in ("sum", "dot")
+        summed = output.kind in ("sum", "dot", "total")
         if output.dtype in ("bool", "bits") or (to_the_bit and not special and not summed and a.dtype.itemsize > 2):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
             continue

@@ -67,13 +67,13 @@ def programs(draw, floats=("float32", "bfloat16")):
     outputs, exact = [], []
     for _ in range(draw(st.integers(1, 3))):
         name, level, truth, bits = draw(st.sampled_from(values[-4:]))
-        kind = draw(st.sampled_from(("edge",) if truth else (*REDUCTIONS, "edge", "dot")))
+        kind = draw(st.sampled_from(("edge",) if truth else (*REDUCTIONS, "edge", "dot", "total")))
         if kind == "dot":
             level = level.replace("c", "")
         elif kind != "edge" or draw(st.booleans()):
             level = join(level, draw(st.sampled_from(LEVELS))) if not truth else level
         outputs.append(Output(kind, name, level, draw(st.sampled_from(("bool", "bits") if truth else floats))))
-        exact.append(bits and kind != "dot")
+        exact.append(bits and kind not in ("dot", "total"))
     return Program(tuple(operands), tuple(steps), tuple(outputs)), exact
 
 

@@ -45,7 +45,7 @@ def programs(draw, dtype):
         value = step("product", level, value, operand("matrix", -1, "x" + level))
     if draw(st.booleans()):
         value = step("mul", level, value, operand("take", -1, level))
-    kinds = ("sum", "max", "min", "edge", "outer") + (("dot",) if "c" in level else ())
+    kinds = ("sum", "max", "min", "edge", "outer", "total") + (("dot",) if "c" in level else ())
     outputs = []
     for kind in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=2)):
         other = (draw(st.sampled_from((first, *rows))), "x") if kind == "outer" else ()
