@@ -17,6 +17,7 @@ from actcompile.passes.edges.composed import composed
 from actcompile.passes.edges.edges import Fused, edges
 from actcompile.passes.edges.embeddings import embeddings
 from actcompile.passes.edges.scaled import scaled
+from actcompile.passes.edges.summed import summed
 from actcompile.passes.edges.towers import joined, towers
 from actcompile.passes.graph import _torch
 from actcompile.passes.graph.bias import Dependence, bias
@@ -255,6 +256,7 @@ def fuse(joint: fx.GraphModule, num_fwd_outputs: int, config: Config, options: M
     scaled(joint.graph)
     composed(joint.graph)
     along(joint.graph)
+    summed(joint.graph)
     return edges(joint.graph, num_fwd_outputs, names_of_parameters(joint, options))
 
 
