@@ -1,8 +1,8 @@
 """A process that trains one variant, one command a line: `python -m bench.worker` reads and writes JSON.
 
 Commands: {"start": workload, "kind": its class, "variant": name, "warm_up": steps a batch}, then any of
-{"do": "step" | "saved" | "reported" | "predicted" | "peak"}, and {"gradients": seeds, "path": file}. Every answer is
-one line; an exception becomes {"error": text}.
+{"do": "step" | "saved" | "reported" | "predicted" | "peak" | "bound"}, and {"gradients": seeds, "path": file}. Every
+answer is one line; an exception becomes {"error": text}.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import actcompile
+from bench.bound import bound
 from bench.measure import Unmeasurable, peak_memory, saved_tensors, seconds
 from bench.variants import VARIANTS
 from bench.workload import Described, Training, Workload
@@ -81,6 +82,10 @@ class Worker:
         except Unmeasurable as reason:
             return {"bytes": None, "reason": str(reason)}
         return {"bytes": statistics.median(rises)}
+
+    def bound(self, training: Training) -> dict[str, Any]:
+        """The least that a step on the first batch can take, of a variant that runs op by op."""
+        return bound(lambda: training.step(0))
 
     def gradients(self, training: Training, seeds: list[int], path: str) -> dict[str, Any]:
         torch.save([training.gradients(seed) for seed in seeds], path)
