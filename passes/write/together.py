@@ -20,7 +20,7 @@ from torch import fx
 from actcompile.kernels.edges.ops import aggregation
 from actcompile.kernels.edges.program import INNER, Operand, Output, Program, Step, parse, row_size
 
-from ..graph.split import call, reached_from, root
+from ..graph.split import call, reached_from, root, writes
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 End = tuple[fx.Node, int, str]
@@ -38,6 +38,8 @@ def together(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     """
     known: dict[object, list[_Pass]] = {}
     for node in list(graph.nodes):
+        if writes(node):  # what is read before it, and behind it, stays there
+            known.clear()
         made = _read(node)
         if made is None:
             continue
