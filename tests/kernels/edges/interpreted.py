@@ -4,8 +4,6 @@
 margins, as in `tests/kernels/interpreted.py`.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -26,7 +24,7 @@ from actcompile.kernels.edges.program import (
     run_reference,
 )
 from tests.kernels.edges.on_triton import on_triton  # noqa: F401  for every test here
-from tests.kernels.edges.programs import GRAPHS, data, graph, programs
+from tests.kernels.edges.programs import GRAPHS, data, graph, is_close, programs
 from tests.kernels.edges.test_edges import (  # noqa: F401  what holds of the C++ holds of Triton
     SIZES,
     groups,
@@ -67,13 +65,6 @@ def run(program, operands, by, others, nodes, heads, columns, wait=True):
     return [r.check() for r in results]
 
 
-def magnitudes(program, i):
-    """A program that sums up the magnitudes of what output `i` sums up."""
-    value = Step("abs", (program.outputs[i].value,), program.level_of(program.outputs[i].value))
-    output = replace(program.outputs[i], value=f"v{len(program.steps)}", dtype="float64")
-    return Program(program.operands, (*program.steps, value), (output,))
-
-
 def compare(program, exact, kind, index, sizes, special, seed, wait=True):
     by, others, nodes = graph(kind, index, seed)
     operands = data(program, nodes, len(by), *sizes, seed, special)
@@ -87,11 +78,7 @@ def compare(program, exact, kind, index, sizes, special, seed, wait=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
             continue
         rtol = 1e-12 if double else {"bfloat16": 2e-2, "float16": 2e-3}.get(output.dtype, 2e-5)
-        size = b.double().abs()
-        if summed:
-            size = run_reference(magnitudes(program, i), operands, by, others, nodes, *sizes)[0]
-        a, b, size = (x.double().nan_to_num(7, 1e30, -1e30) for x in (a, b, size))
-        assert ((a - b).abs() <= rtol * (1 + size)).all(), (kind, output)
+        assert is_close(a, b, rtol, program, i, operands, by, others, nodes, *sizes), (kind, output)
 
 
 @pytest.mark.parametrize("floats", [("float64",), ("float32", "bfloat16", "float16")], ids=["double", "single"])

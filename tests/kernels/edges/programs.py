@@ -1,9 +1,21 @@
 """Random programs over edges and random graphs, for comparing what is compiled with what the reference computes."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 
-from actcompile.kernels.edges.program import COMPARING, REDUCTIONS, Operand, Output, Program, Step, packed, width
+from actcompile.kernels.edges.program import (
+    COMPARING,
+    REDUCTIONS,
+    Operand,
+    Output,
+    Program,
+    Step,
+    packed,
+    run_reference,
+    width,
+)
 
 LEVELS = ("", "h", "c", "hc")
 EXACT = {"add": 2, "sub": 2, "mul": 2, "div": 2, "neg": 1, "abs": 1, "sqrt": 1, "reciprocal": 1, "relu": 1}
@@ -75,6 +87,20 @@ def programs(draw, floats=("float32", "bfloat16")):
         outputs.append(Output(kind, name, level, draw(st.sampled_from(("bool", "bits") if truth else floats))))
         exact.append(bits and kind not in ("dot", "total"))
     return Program(tuple(operands), tuple(steps), tuple(outputs)), exact
+
+
+def is_close(ours, expected, rtol, program, i, *of):
+    """Whether output `i` of a program is the expected one, as far as sums round: by the size of what is summed up.
+
+    of: what `run_reference` takes behind the program.
+    """
+    output, size = program.outputs[i], expected.double().abs()
+    if output.kind in ("sum", "dot", "total"):
+        value = Step("abs", (output.value,), program.level_of(output.value))
+        sums = replace(output, value=f"v{len(program.steps)}", dtype="float64")
+        (size,) = run_reference(Program(program.operands, (*program.steps, value), (sums,)), *of)
+    ours, expected, size = (x.double().nan_to_num(7, 1e30, -1e30) for x in (ours, expected, size))
+    return bool(((ours - expected).abs() <= rtol * (1 + size)).all())
 
 
 def graph(kind, index=torch.int64, seed=0):
