@@ -219,8 +219,8 @@ def run_reference(
             values[f"v{i}"] = product.view(edges, *shape(step.level, heads, columns, inner))
             continue
         if step.op in ("maximum", "minimum", "where"):
-            like = next(a for a in arguments if isinstance(a, Tensor) and (a.dtype != torch.bool or step.op != "where"))
-            arguments = [a if isinstance(a, Tensor) else torch.full_like(like[:1, :1, :1], a) for a in arguments]
+            number = torch.zeros(1, 1, 1, dtype=real, device=by.device)
+            arguments = [a if isinstance(a, Tensor) else number + a for a in arguments]
         elif not isinstance(arguments[0], Tensor):  # torch.sub(1, x) has no such form
             arguments[0] = torch.tensor(arguments[0], dtype=real, device=by.device)
         dtype = (real,) if step.op == "float" else ()

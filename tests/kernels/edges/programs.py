@@ -61,7 +61,7 @@ def programs(draw, floats=("float32", "bfloat16")):
         elif op in COMPARING:
             given = [pick(False, exact=True, number=False), pick(False, exact=True)]
         elif op == "where":
-            given = [pick(True), pick(False, number=False), pick(False)]
+            given = [pick(True), pick(False), pick(False)]
         elif op == "pow":
             given = [pick(False, exact=True, number=False), (2.0, "", False, True)]
         elif op in ("div", "reciprocal", "sqrt", "maximum", "minimum", *ROUNDED):
