@@ -42,11 +42,11 @@ from actcompile.passes.spare.replay import Replayed, replay
 from actcompile.passes.spare.views import views
 from actcompile.passes.write.accumulate import accumulate
 from actcompile.passes.write.late import late
+from actcompile.passes.write.merge import merge
 from actcompile.passes.write.own import own
 from actcompile.passes.write.rewrite import rewrite
 from actcompile.passes.write.scale import scale
 from actcompile.passes.write.tile import tile
-from actcompile.passes.write.together import together
 from actcompile.passes.write.verify import verify
 
 from .bounds import fit
@@ -328,7 +328,7 @@ def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -
     inputs |= {placeholder for node, placeholder in split.pairs if root(node) in inputs}
     for module, results in ((split.forward, len(outputs)), (split.backward, gradients)):
         scale(module.graph)
-        together(module.graph, inputs)
+        merge(module.graph, inputs)
         own(module.graph, results)
         accumulate(module.graph)
         module.recompile()

@@ -28,7 +28,7 @@ ARGUMENTS = "const void* const* in, void* const* out, const int32_t* pointer, co
 ARGUMENTS += "const int32_t* const* index, int64_t nodes, int64_t columns, int32_t threads"
 NARROW = 16  # columns, at most: few enough that their number is a constant
 WORD, BLOCK = 32, 16  # bits of a word; of them those that are one vector's, wherever in a byte they begin
-TOGETHER = 64  # heads, at most: what is computed for each is kept for all
+HEADS = 64  # heads, at most: what is computed for each is kept for all
 AHEAD = 8  # edges: so far ahead rows are fetched
 
 
@@ -87,7 +87,7 @@ class Source:
             *(f"auto* const r{i} = ({TYPES[o.dtype]}*)out[{i}];" for i, o in enumerate(program.outputs)),
             *self._before(),
             "const int64_t chunks = threads > 1 ? threads * 16 : 1;",
-            *(f"Row<T> totals{i}(chunks * {self.width(program.outputs[i].level)});" for i in self.totals),
+            *(f"Row<double> totals{i}(chunks * {self._size(i)});" for i in self.totals),
             "#pragma omp parallel num_threads(threads)",
             "{",
             *(f"Row<T> row{i}({self.width(program.outputs[i].level)});" for i in self.apart),
@@ -109,7 +109,7 @@ class Source:
             "}",
             "ends[s] = chunk + s == chunks ? nodes : low;",
             "}",
-            *(f"T* const t{i} = totals{i}.data + chunk * {self.width(program.outputs[i].level)};" for i in self.totals),
+            *(f"double* const t{i} = totals{i}.data + chunk * {self._size(i)};" for i in self.totals),
             *self._chunk(),
             "}",
             *self._thread_done(),
@@ -122,14 +122,18 @@ class Source:
 
     schedule = "dynamic, 1"
 
+    def _size(self, output: int) -> str:
+        """The number of elements in a row of an output, in C++."""
+        return self.width(self.program.outputs[output].level)
+
     def _total(self, output: int) -> list[str]:
-        """Adds up what chunks add up to, in their order."""
-        size = self.width(self.program.outputs[output].level)
+        """Adds up what chunks add up to, in their order, in float64: there are as many nodes as there are."""
+        size = self._size(output)
         return [
             f"for (int64_t f = 0; f < {size}; f++) {{",
-            "T total = 0;",
+            "double total = 0;",
             f"for (int64_t s = 0; s < chunks; s++) total += totals{output}.data[s * {size} + f];",
-            f"store(r{output}, f, total);",
+            f"store(r{output}, f, (T)total);",
             "}",
         ]
 
@@ -265,7 +269,7 @@ class Source:
         inner = [(i, o) for i, o in outputs if _nest(o) in ("c", "hc") or o.kind == "dot"]
         steps = self._steps("h", self.shown)
         heads = "for (int64_t h = 0; h < H; h++) {"
-        if not 1 < self.heads <= TOGETHER:
+        if not 1 < self.heads <= HEADS:
             return [heads, *steps, *by_head, *self._columns(inner), "}"]
         shared = self._shared(inner)
         lines = [f"{'bool' if self.program.steps[j].op in COMPARING else 'T'} all{j}[H];" for j in shared]

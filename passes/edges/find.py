@@ -162,15 +162,15 @@ class Finder:
             return None
         if not all(isinstance(size, int) for size in sizes) or not 0 < sizes[0] * sizes[1] <= LARGEST:
             return None
-        pairs = [(other, rows), (rows, other)]  # the second is an inner axis
+        value, inner = other, rows
         if self.rows.taken(rows) and not self.rows.taken(other):
-            pairs.reverse()  # what is read as it is: then regions that compute the same rows can be one
+            value, inner = rows, other  # the inner axis is of what is read: regions that compute the same can be merged
         try:
-            made = self._apart(node, pairs[0][0], "outer", other=pairs[0][1])
+            made = self._apart(node, value, "outer", other=inner)
         except Unfit:  # the rows of one inner axis have heads, perhaps
-            pairs.reverse()
-            made = self._apart(node, pairs[0][0], "outer", other=pairs[0][1])
-        if pairs[0][0] is rows:
+            value, inner = inner, value
+            made = self._apart(node, value, "outer", other=inner)
+        if value is rows:
             self.swapped.add(node)
         made.inside.append(transposed)
         return made

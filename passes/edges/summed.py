@@ -16,7 +16,7 @@ from torch import fx
 from ..graph import _torch
 from ..graph.split import call, is_tensor
 from .rows import Rows
-from .takes import PRODUCTS, is_transposed, take_of
+from .takes import PRODUCTS, is_transposed, same_sizes, take_of
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.float64)
@@ -46,12 +46,10 @@ def _is_sum(node: fx.Node) -> bool:
     value = node.meta["val"]
     if value.dtype not in FLOATS or value.dim() < 2:
         return False
-    return all(isinstance(a, fx.Node) and is_tensor(a) and _alike(a.meta["val"], value) for a in node.args)
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    sizes = zip(one.shape, other.shape, strict=False)
-    return one.dim() == other.dim() and one.dtype == other.dtype and all(_torch.known_true(a == b) for a, b in sizes)
+    return all(
+        isinstance(a, fx.Node) and is_tensor(a) and a.meta["val"].dtype == value.dtype and same_sizes(a, node, 0)
+        for a in node.args
+    )
 
 
 def _inside(node: fx.Node) -> Iterator[fx.Node]:

@@ -77,7 +77,7 @@ def _unwrapped(node: fx.Node, ops: tuple[object, ...]) -> fx.Node:
 
 def original(node: fx.Node) -> fx.Node:
     """What a node is a copy, or a view of the same shape, of; as autograd expands what is of that shape already."""
-    while node.target in COPIES and isinstance(source := node.args[0], fx.Node) and _same_sizes(node, source, 0):
+    while node.target in COPIES and isinstance(source := node.args[0], fx.Node) and same_sizes(node, source, 0):
         node = source
     return node
 
@@ -109,7 +109,7 @@ def take_of(node: fx.Node) -> Take | None:
             index = index_of(by)
         case fx.Node(target=aten.gather.default, args=(fx.Node() as matrix, 0, by)):
             trailing = matrix.meta["val"].dim() - 1
-            index = index_of(by, trailing) if _same_sizes(node, matrix, 1) else None
+            index = index_of(by, trailing) if same_sizes(node, matrix, 1) else None
         case _:
             return None
     return None if index is None or node.kwargs or not _same_device(index.tensor, matrix) else Take(matrix, index)
@@ -137,7 +137,7 @@ def reduction_of(node: fx.Node) -> Reduction | None:
             return None
     if index is None or not _same_device(index.tensor, value):
         return None
-    if not _same_sizes(node, value, 1) or base.meta["val"].dtype != value.meta["val"].dtype:
+    if not same_sizes(node, value, 1) or base.meta["val"].dtype != value.meta["val"].dtype:
         return None
     if not _torch.known_true(value.meta["val"].shape[0] == index.edges):
         return None  # one row, put at several places
@@ -177,7 +177,7 @@ def _same_length(node: fx.Node, other: fx.Node) -> bool:
     return len(sizes) > 0 and len(others) > 0 and _torch.known_true(sizes[0] == others[0])
 
 
-def _same_sizes(node: fx.Node, other: fx.Node, start: int) -> bool:
+def same_sizes(node: fx.Node, other: fx.Node, start: int) -> bool:
     """Whether two tensors have the same sizes from dimension `start` on."""
     sizes, others = node.meta["val"].shape[start:], other.meta["val"].shape[start:]
     return len(sizes) == len(others) and all(_torch.known_true(a == b) for a, b in zip(sizes, others, strict=True))
@@ -185,7 +185,7 @@ def _same_sizes(node: fx.Node, other: fx.Node, start: int) -> bool:
 
 def _all_of(index: object, value: fx.Node) -> bool:
     """Whether an index of elements says where each element of a value goes."""
-    return isinstance(index, fx.Node) and is_tensor(index) and _same_sizes(index, value, 0)
+    return isinstance(index, fx.Node) and is_tensor(index) and same_sizes(index, value, 0)
 
 
 def is_zero(node: fx.Node) -> bool:

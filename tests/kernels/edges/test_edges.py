@@ -67,6 +67,18 @@ def test_what_is_compiled_computes_what_the_reference_does(floats, drawn):
         ops_file.ALONE = alone
 
 
+def test_a_total_of_many_nodes_is_not_rounded_at_its_size():
+    edge, total = Operand("edge", -1, "c", "float32"), Output("total", "o0", "c", "float32")
+    by = torch.arange(200_000)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # all nodes are one chunk
+    try:
+        (ours,) = run(Program((edge,), (), (total,)), [torch.full((len(by), 2), 0.1)], by, [], len(by), 1, 2)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(ours, torch.full((1, 2), 20_000.0), rtol=1e-6, atol=0)
+
+
 def each(op, *dtypes, out="float32"):
     """A program that does one thing to rows of edges."""
     operands = tuple(Operand("edge", -1, "c", dtype) for dtype in dtypes)

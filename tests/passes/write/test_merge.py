@@ -14,7 +14,7 @@ from torch_geometric import nn as gnn
 from actcompile import compress, explain
 from actcompile.kernels.edges.program import Operand, Output, Program, Step
 from actcompile.passes.graph.split import call
-from actcompile.passes.write.together import together
+from actcompile.passes.write.merge import merge
 from tests.helpers import EXACT, graph, step
 from tests.kernels.edges import test_edges_products
 from tests.kernels.edges.programs import data, programs
@@ -53,7 +53,7 @@ def calls(several, sizes, seed):
 def compare(several, sizes, seed):
     module, tensors = calls(several, sizes, seed)
     expected = module(*tensors)
-    together(module.graph, ())
+    merge(module.graph, ())
     module.graph.lint()
     module.recompile()
     for ours, theirs in zip(module(*tensors), expected, strict=True):

@@ -1,4 +1,4 @@
-"""`together`: regions of message passing that read the same rows become one, with several results.
+"""`merge`: regions of message passing that read the same rows become one, with several results.
 
 A layer's backward goes over the edges for each of its gradients: for those of the rows at either end, of what the
 edges bring, of weights. Its regions are found one by one, by what they end with. Where they go by the same node and
@@ -29,7 +29,7 @@ Row = tuple[Operand, End | None, fx.Node]
 """A row that is read: how, by which end where that is not the one that edges are grouped by, and of what."""
 
 
-def together(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
+def merge(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     """Merges the calls of `edges` and `aggregate` that can be, in place.
 
     Args:
