@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,19 +75,25 @@ def works(nodes: int) -> Iterator[Work]:
 
 
 def _run(kind: str, level: str, x: Tensor, index: Tensor, nodes: int, weight: Tensor | None = None) -> Tensor:
-    dtype = str(x.dtype)[6:]
-    operands, tensors = [Operand("take", 0, level, dtype)], [x]
+    other = weight if weight is not None else x if kind == "dot" else None
+    text = _program(kind, level, str(x.dtype)[6:], weight is not None)
+    tensors = [x] if other is None else [x, other]
+    heads = HEADS if "h" in level else 1
+    return edges(text, index, 1, nodes, heads, x.shape[1] // heads, [index], [0], tensors, [])[0]
+
+
+@lru_cache
+def _program(kind: str, level: str, dtype: str, weighted: bool) -> str:
+    operands: list[Operand] = [Operand("take", 0, level, dtype)]
     steps: tuple[Step, ...] = ()
-    if weight is not None:
-        operands, tensors = [*operands, Operand("edge", -1, "h", dtype)], [x, weight]
+    if weighted:
+        operands.append(Operand("edge", -1, "h", dtype))
     elif kind == "dot":
-        operands, tensors = [*operands, Operand("take", -1, level, dtype)], [x, x]
+        operands.append(Operand("take", -1, level, dtype))
     if len(operands) > 1:
         steps = (Step("mul", ("o0", "o1"), level),)
     output = Output(kind, "v0" if steps else "o0", "h" if kind == "dot" else level, dtype)
-    text = Program(tuple(operands), steps, (output,)).dump()
-    heads = HEADS if "h" in level else 1
-    return edges(text, index, 1, nodes, heads, x.shape[1] // heads, [index], [0], tensors, [])[0]
+    return Program(tuple(operands), steps, (output,)).dump()
 
 
 def compared(

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,10 +33,17 @@ class Process:
     """A worker process that trains `variant`; a context manager that ends it.
 
     settings: environment variables of that process; of those about the allocator it has no others. warm_up: steps on
-    every batch before it answers.
+    every batch before it answers. within: seconds after which it is ended if it has not answered by then.
     """
 
-    def __init__(self, workload: Described, variant: str, settings: Mapping[str, str] | None = None, warm_up: int = 2):
+    def __init__(
+        self,
+        workload: Described,
+        variant: str,
+        settings: Mapping[str, str] | None = None,
+        warm_up: int = 2,
+        within: float = threading.TIMEOUT_MAX,
+    ) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
         self.variant = variant
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in close()
@@ -48,12 +56,17 @@ class Process:
             cwd=Path(__file__).resolve().parent.parent,
             env=environment | dict(settings or {}),
         )
+        late = threading.Timer(within, self._process.kill)
+        late.daemon = True
+        late.start()
         try:
             values, kind = asdict(workload), type(workload).__name__  # type: ignore[call-overload]
             self.started = self.ask({"start": values, "kind": kind, "variant": variant, "warm_up": warm_up})
         except BaseException:
             self.close()
             raise
+        finally:
+            late.cancel()
 
     def ask(self, command: dict[str, Any]) -> dict[str, Any]:
         """Sends one command and waits for its answer. Raises WorkerFailed."""

@@ -1,8 +1,8 @@
 """A process that trains one variant, one command a line: `python -m bench.worker` reads and writes JSON.
 
 Commands: {"start": workload, "kind": its class, "variant": name, "warm_up": steps a batch}, then any of
-{"do": "step" | "saved" | "reported" | "predicted" | "peak" | "bound"}, and {"gradients": seeds, "path": file}. Every
-answer is one line; an exception becomes {"error": text}.
+{"do": "step" | "saved" | "reported" | "predicted" | "peak" | "bound" | "profile"}, and {"gradients": seeds, "path":
+file}. Every answer is one line; an exception becomes {"error": text}.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import traceback
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import actcompile
 from bench.bound import bound
@@ -46,11 +47,13 @@ class Worker:
         torch.set_num_threads(workload.threads)
         chosen = VARIANTS[name]
         if chosen.compiled:
-            _load_compiler()
+            _load_compiler(workload.device)
         training = workload.training(chosen.prepare, chosen.checkpointed)
         batches = range(len(training.batches))
         # A round is one step on every batch: the first one compiles all that sizes that change ask for.
         rounds = [sum(seconds(training.step, training.device) for _ in batches) for _ in range(warm_up)]
+        if training.device.startswith("cuda"):
+            torch.cuda.empty_cache()  # other processes use the same device
         self.training = training
         return {"warm_up_seconds": rounds}
 
@@ -87,14 +90,24 @@ class Worker:
         """The least that a step on the first batch can take, of a variant that runs op by op."""
         return bound(lambda: training.step(0))
 
+    def profile(self, training: Training) -> dict[str, Any]:
+        """For how long a step on the first batch keeps the device busy, and the dozen kernels that take longest."""
+        on = ProfilerActivity.CUDA if training.device.startswith("cuda") else ProfilerActivity.CPU
+        with profile(activities=[on]) as found:
+            training.step(0)
+        spent = [(e, 1e-3 * (e.self_device_time_total or e.self_cpu_time_total)) for e in found.key_averages()]
+        longest = sorted(spent, key=lambda pair: -pair[1])[:12]
+        kernels = [{"name": e.key[:120], "calls": e.count, "ms": ms} for e, ms in longest]
+        return {"busy_ms": sum(ms for _, ms in spent), "kernels": kernels}
+
     def gradients(self, training: Training, seeds: list[int], path: str) -> dict[str, Any]:
         torch.save([training.gradients(seed) for seed in seeds], path)
         return {"path": path}
 
 
-def _load_compiler() -> None:
+def _load_compiler(device: str) -> None:
     """Compiles next to nothing, so that loading Inductor and precompiling its headers count for no variant."""
-    torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     torch._dynamo.reset()
 
 

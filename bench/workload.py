@@ -85,6 +85,9 @@ class Described(Protocol):
     @property
     def threads(self) -> int: ...
 
+    @property
+    def device(self) -> str: ...
+
     def training(self, prepare: Prepare, checkpointed: bool = False) -> Training:
         """checkpointed: every layer is computed again in backward, where the model can do that."""
         ...

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import actcompile
 from actcompile.kernels import _cpp, _torch, cpu
 from actcompile.kernels.edges import ops as edges_ops
 
@@ -21,6 +22,9 @@ settings.register_profile(
 )
 settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=SLOW_IS_FINE)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+if "actcompile" not in torch.compiler.list_backends():  # a clone that is not installed: on a machine without a network
+    torch._dynamo.register_backend(actcompile.backend, name="actcompile")
 
 KERNELS = Path(__file__).parent / "kernels"
 AS_FOR_USERS, QUICKLY = _torch.FLAGS, ("-O0", "-g0")

@@ -7,14 +7,17 @@ out, and said to be. `--device cpu --tiny` tries the case itself.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
+import os
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +26,20 @@ import torch
 from torch import Tensor
 
 from actcompile.kernels import BlockFormat
-from bench import _torch
-from bench.measure import peak_memory, relative_error, saved_bytes, seconds
+from bench.measure import relative_error, seconds
 from bench.message_passing import HEADS, Work, compared, grouping_time, random_graph, works
+from bench.pool import Process, WorkerFailed
 from bench.registry import Options, case
 from bench.results import write
 from bench.variants import VARIANTS
-from bench.zoo import Brought
+from bench.zoo import ZOO, Brought
 
-FIRST = ("eager", "inductor", "default", "fused-only")
-THEN = ("lossless", "4-bit", "no-replay", "budget-0.5", "checkpoint")
-MODELS = ("sage", "gat", "gcn")
-SECTIONS = ("tests", "messages", "kernels", "steps", "products", "others")
-ENOUGH = {"tests": 120.0, "kernels": 30.0, "step": 60.0}  # seconds left, below which it is not begun
+STEPS = ("eager", "inductor", "checkpoint", "default", "lossless")
+PRODUCTS = ("default", "inductor", "eager")
+MODELS = ("sage", "gat", "gcn", "sage-max", "gatv2", "transformer", "pna", "gated-gcn", "edge-conv")
+SECTIONS = ("tests", "steps", "products", "messages", "kernels")
+# Seconds left, below which it isn't begun; and those that a round's measuring takes, after its compiling.
+ENOUGH = {"tests": 120.0, "steps": 120.0, "measuring": 30.0, "products": 60.0, "kernels": 30.0}
 TESTS = ("tests/kernels", "tests/passes/edges")
 MESSAGES = (  # a hub's share of the edges, dtype, columns
     (0.0, torch.float32, 256),
@@ -66,7 +70,8 @@ class Run:
 
     def record(self, section: str, **figures: Any) -> None:
         self.rows.append({"section": section, **figures})
-        shown = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        short = {k: v for k, v in figures.items() if not isinstance(v, list)}
+        shown = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items())
         self.options.console.print(f"{section}: {shown}", markup=False, highlight=False)
         write(self.options.out, self.file, self.content())
 
@@ -83,7 +88,7 @@ class Run:
         try:
             what()
         except Exception as error:
-            self.record(section, **named, failed=f"{type(error).__name__}: {str(error)[:600]}")
+            self.record(section, **named, failed=f"{type(error).__name__}: {str(error)[-800:]}")
         finally:
             gc.collect()
             if self.device == "cuda":
@@ -101,7 +106,7 @@ def run(options: Options) -> Row:
     tiny = options.quick or options.size == "tiny"
     machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     state = Run(options, device, tiny, "gpu-" + re.sub("[^a-z0-9]+", "-", machine.lower()))
-    sections = (_tests, _messages, _kernels, _steps, _products, _others)
+    sections = (_tests, _steps, _products, _messages, _kernels)
     for name, section in zip(SECTIONS, sections, strict=True):
         if not options.sections or name in options.sections:
             section(state)
@@ -117,7 +122,8 @@ def _tests(state: Run) -> None:
             state.record("tests", skipped="pytest or hypothesis is not installed")
             return
         limit = min(240.0, state.left() - 60)
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *TESTS]
+        many = ["-n", "auto"] if importlib.util.find_spec("xdist") is not None else []
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *many, *TESTS]
         try:
             ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired as late:
@@ -230,77 +236,103 @@ def _bits(state: Run, rows: int) -> None:
 
 
 def _steps(state: Run) -> None:
-    for model in _models(state):
-        workload = Brought(model, "tiny" if state.tiny else "arxiv", device=state.device)
-        exact: list[Tensor] = []
-        for name in state.options.pick(FIRST):
-            _step(state, "steps", workload, name)
-        for name in state.options.pick((*FIRST, "lossless")):
-            _gradients(state, replace(workload, dropout=False), name, exact)
+    """Models in rounds of as many processes as there are cores: a round's graphs are compiled side by side, and then
+    one process is measured at a time."""
+    names = state.options.pick(STEPS)
+    size = "tiny" if state.tiny else "arxiv"
+    models = [name for name in MODELS if not state.options.models or name in state.options.models]
+    at_once = max(1, (os.cpu_count() or 1) // max(len(names), 1))
+    for start in range(0, len(models), at_once):
+        chosen = [Brought(model, size, device=state.device) for model in models[start : start + at_once]]
+        still = {w.model: replace(w, dropout=not ZOO[w.model].dropout) for w in chosen}  # the same where it has none
 
+        def measure(chosen: list[Brought] = chosen, still: dict[str, Brought] = still) -> None:
+            wanted = dict.fromkeys((w, name) for name in names for v in chosen for w in (v, still[v.model]))
+            with _processes(list(wanted), state.left() - ENOUGH["measuring"]) as started:
+                for workload in chosen:
+                    for name in names:
+                        _step(state, "steps", workload, name, started[workload, name])
+                for model, workload in still.items():
+                    _gradients(state, model, {name: started[workload, name] for name in names})
 
-def _others(state: Run) -> None:
-    for model in _models(state):
-        for name in state.options.pick(THEN):
-            _step(state, "steps", Brought(model, "tiny" if state.tiny else "arxiv", device=state.device), name)
+        state.attempt(measure, "steps", ENOUGH["steps"], models=" ".join(w.model for w in chosen))
 
 
 def _products(state: Run) -> None:
-    """Full batch: does a step fit, and what does it take?"""
-    for name in state.options.pick(("default", "inductor", "eager")):
-        _step(state, "products", Brought("sage", "tiny" if state.tiny else "products", device=state.device), name)
+    """Full batch: does a step fit, and what does it take? One at a time."""
+    workload = Brought("sage", "tiny" if state.tiny else "products", device=state.device)
+    for name in state.options.pick(PRODUCTS):
+
+        def measure(name: str = name) -> None:
+            with _processes([(workload, name)], state.left()) as started:
+                _step(state, "products", workload, name, started[workload, name])
+
+        state.attempt(measure, "products", ENOUGH["products"], model="sage", variant=name)
 
 
-def _models(state: Run) -> list[str]:
-    return [name for name in MODELS if not state.options.models or name in state.options.models]
+Started = Process | Exception
 
 
-def _prepared(workload: Brought, name: str) -> Any:
-    """A training in this process, which forgets what the last one compiled and set."""
-    _torch.forget_compilations()
-    _torch.set_recompute_budget(1.0)
-    return workload.training(VARIANTS[name].prepare, VARIANTS[name].checkpointed)
+@contextlib.contextmanager
+def _processes(wanted: Sequence[tuple[Brought, str]], within: float) -> Iterator[dict[tuple[Brought, str], Started]]:
+    """Trainings in processes of their own, which compile side by side, for so many seconds at most; an exception where
+    one came to nothing."""
+    settings = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // len(wanted)))}
+
+    def begin(pair: tuple[Brought, str]) -> Started:
+        try:
+            return Process(*pair, settings=settings, within=within)
+        except WorkerFailed as failure:
+            return failure
+
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        started = dict(zip(wanted, pool.map(begin, wanted), strict=True))
+        try:
+            yield started
+        finally:
+            list(pool.map(Process.close, (p for p in started.values() if isinstance(p, Process))))
 
 
-def _step(state: Run, section: str, workload: Brought, name: str) -> None:
+def _step(state: Run, section: str, workload: Brought, name: str, process: Started) -> None:
+    """`busy_ms`: of a step, in which the device computes; `kernels`: what takes longest of that, in ms, how often."""
+
     def measure() -> None:
-        training = _prepared(workload, name)
-        first = seconds(training.step, state.device)
-        saved = saved_bytes(training.forward(), training.alive_anyway())
-        peak = peak_memory(training.step, state.device)
+        if isinstance(process, Exception):
+            raise process
+        times = [process.ask({"do": "step"})["seconds"] for _ in range(state.runs(10))]
+        profile = process.ask({"do": "profile"})
         state.record(
             section,
             model=workload.model,
             variant=name,
-            saved_bytes=saved,
-            peak_bytes=peak,
-            step_ms=_milliseconds(training.step, state.device, state.runs(10)),
-            first_step_seconds=first,
+            saved_bytes=process.ask({"do": "saved"})["bytes"],
+            peak_bytes=process.ask({"do": "peak"})["bytes"],
+            step_ms=1e3 * statistics.median(times),
+            busy_ms=profile["busy_ms"],
+            first_step_seconds=process.started["warm_up_seconds"][0],
+            kernels=profile["kernels"],
         )
 
-    state.attempt(measure, section, ENOUGH["step"], model=workload.model, variant=name)
+    state.attempt(measure, section, 0.0, model=workload.model, variant=name)
 
 
-def _gradients(state: Run, workload: Brought, name: str, exact: list[Tensor], seeds: int = 8) -> None:
-    """Errors relative to eager, which comes first and fills `exact`, of one step and of the mean of several."""
+def _gradients(state: Run, model: str, started: dict[str, Started], seeds: int = 4) -> None:
+    """Errors relative to eager of one step and of the mean of several; without dropout."""
+    exact: list[Tensor] = []
+    for name, process in started.items():
 
-    def measure() -> None:
-        training = _prepared(workload, name)
-        if name == "eager":
-            exact[:] = training.gradients(0)
-        if not exact:
-            state.record("gradients", model=workload.model, variant=name, skipped="eager was not run")
-            return
-        samples = [training.gradients(seed) for seed in range(seeds)]
-        mean = [torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)]
-        error = relative_error(samples[0], exact)
-        state.record(
-            "gradients",
-            model=workload.model,
-            variant=name,
-            correct=error <= VARIANTS[name].gradient_error,
-            error=error,
-            error_of_mean=relative_error(mean, exact),
-        )
+        def measure(name: str = name, process: Started = process) -> None:
+            if isinstance(process, Exception):
+                raise process
+            samples = process.gradients(range(seeds))
+            if name == "eager":
+                exact[:] = samples[0]
+            if not exact:
+                state.record("gradients", model=model, variant=name, skipped="eager was not run")
+                return
+            mean = [torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)]
+            error = relative_error(samples[0], exact)
+            correct, off = error <= VARIANTS[name].gradient_error, relative_error(mean, exact)
+            state.record("gradients", model=model, variant=name, correct=correct, error=error, error_of_mean=off)
 
-    state.attempt(measure, "gradients", ENOUGH["step"], model=workload.model, variant=name)
+        state.attempt(measure, "gradients", 0.0, model=model, variant=name)

@@ -58,7 +58,7 @@ class Grouping:
         else:
             index = _from_start(index, nodes)
             out = (index if self.order is None else index.index_select(0, self.order)).int()
-            _check_all((index >= 0) & (index < nodes), nodes, wait=remember)
+            _check_all((index >= 0) & (index < nodes), nodes)
         if remember and not edges.is_inference():  # it has no version that tells of changes
             for other in [k for k, (ref, _, _) in list(self.arranged.items()) if ref() is None]:
                 self.arranged.pop(other, None)
@@ -95,12 +95,14 @@ def _group_by_sorting(index: Tensor, nodes: int, wait: bool) -> Grouping:
     inside = (index >= 0) & (index < nodes)
     key, order = torch.sort(index.int(), stable=True)
     pointer = torch.searchsorted(key, torch.arange(nodes + 1, dtype=torch.int32, device=key.device), out_int32=True)
-    _check_all(inside, nodes, wait)
     order = order.int()
     if not wait:
+        _check_all(inside, nodes)
         return Grouping(pointer, order)
     sorted_, longest = (index[1:] >= index[:-1]).all(), pointer.diff(prepend=pointer[:1]).max()
-    in_order, most = torch.stack([sorted_.int(), longest]).tolist()  # last: other streams may read what is remembered
+    # Once, and last: other streams may read what is remembered.
+    fine, in_order, most = torch.stack([inside.all().int(), sorted_.int(), longest]).tolist()
+    _check(fine, nodes)
     return Grouping(pointer, None if in_order else order, most)
 
 
@@ -150,12 +152,12 @@ def _check(fine: bool, nodes: int) -> None:
         raise IndexError(f"an index of edges is out of range: it must be smaller than {nodes}, the number of nodes")
 
 
-def _check_all(inside: Tensor, nodes: int, wait: bool) -> None:
-    """Has the device check, or waits for it to have done so."""
-    if wait or not inside.is_cuda:
-        _check(bool(inside.all()), nodes)
-    else:
+def _check_all(inside: Tensor, nodes: int) -> None:
+    """On CUDA the device finds what is wrong, as in torch's own indexing: nothing waits for it."""
+    if inside.is_cuda:
         assert_on_device(inside.all(), "an index of edges is out of range")
+    else:
+        _check(bool(inside.all()), nodes)
 
 
 def _is_counted(index: Tensor) -> bool:

@@ -13,14 +13,14 @@ with messages that another kernel computes.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import isfinite
 
 from .program import COMPARING, OPS, REDUCTIONS, Program, parse
 
-START = {"sum": "0.0", "max": "-INF", "min": "INF"}
+START = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
 FOLD = {"sum": "{0} + {1}", "max": "larger({0}, {1})", "min": "smaller({0}, {1})"}
 WIDTH = {"": "1", "h": "H", "c": "C", "hc": "(H * C)"}
 PLACE = {"": "", "h": " + h", "c": " + c", "hc": " + (h * C + c)"}
-NOT_FINITE = {"inf": "INF", "-inf": "-INF", "nan": "NAN"}
 NUMBERS = ("nodes", "edges", "split", "halvings")
 SIZES = ("ORDERED", "PIECES", "H", "C", "BN", "BE", "BH", "BC")
 
@@ -150,8 +150,8 @@ class _Source:
     def _value(self, argument: str | float, truth: bool) -> str:
         """An argument, as a truth value or as a number."""
         if not isinstance(argument, str):
-            number = repr(float(argument))
-            return f"tl.full((1, 1, 1), {NOT_FINITE.get(number, number)}, {self.type})"
+            number = repr(float(argument)) if isfinite(argument) else f'float("{argument}")'
+            return f"tl.full((1, 1, 1), {number}, {self.type})"
         return f"{argument}_" if truth or not self._is_truth(argument) else f"{argument}_.to({self.type})"
 
     def _is_truth(self, argument: str) -> bool:

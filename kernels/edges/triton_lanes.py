@@ -1,11 +1,11 @@
-"""What the generated kernels of `triton_generate` call: which edges a lane goes over, and functions of numbers."""
+"""What the generated kernels of `triton_generate` call: which edges a lane goes over, and functions of numbers.
+
+No global is NaN: at every launch after the first one, Triton compares the globals of a kernel with what they were.
+"""
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice  # noqa: F401  generated code calls it
-
-INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def folded(a, axis: tl.constexpr, KIND: tl.constexpr):
         return tl.sum(a, axis)
     else:
         odd = tl.max((a != a).to(tl.int32), axis)
-        return tl.where(odd != 0, NAN, tl.max(a, axis) if KIND == "max" else tl.min(a, axis))
+        return tl.where(odd != 0, float("nan"), tl.max(a, axis) if KIND == "max" else tl.min(a, axis))
 
 
 @triton.jit

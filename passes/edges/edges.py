@@ -8,9 +8,6 @@ region computes it again.
 
 A comparison of forward's values in backward (which neighbour was the largest, where a ReLU was at work) is taken in
 forward, where the values are exact, and handed on as a mask.
-
-On CUDA, sums of taken rows in float32 and float64 are left to Inductor, which adds each edge's row to its node's by
-atomics, and holds no messages for it either.
 """
 
 from __future__ import annotations

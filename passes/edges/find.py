@@ -95,7 +95,7 @@ class Finder:
                 return None  # degrees and the like
             linear = self._linear(reduction)
             if linear is not None:
-                return None if _adds_atomically(node) else Sums(*linear, reduction)
+                return Sums(*linear, reduction)
             nodes, exact = node.meta["val"].shape[0], self._exact(node)
             return region(node, reduction.value, reduction.kind, reduction.index, nodes, self.rows.computed, exact)
         match node:
@@ -304,11 +304,3 @@ def _equals_only(made: Region, found: Collection[fx.Node]) -> bool:
 def _is_short(node: fx.Node) -> bool:
     """Whether a node's floats have 16 bits: sums that torch takes of such, by node, stop at some hundred of them."""
     return is_float(node) and node.meta["val"].dtype.itemsize == 2
-
-
-def _adds_atomically(node: fx.Node) -> bool:
-    """Whether Inductor makes one loop of a sum by node and of what is summed up."""
-    value = node.meta["val"]
-    if value.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
-        return False
-    return value.dtype in (torch.float32, torch.float64)

@@ -18,7 +18,7 @@ def run(out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_every_section_leaves_its_figures(tmp_path: Path) -> None:
-    sections = ["kernels", "steps", "products", "others"]
+    sections = ["kernels", "steps", "products"]
     content = run(tmp_path, "--models", "sage", "--variants", "eager", "--sections", *sections)
     rows = content["rows"]
     assert content["environment"]["versions"]["torch"] and content["settings"]["device"] == "cpu"
@@ -35,7 +35,7 @@ def test_every_section_leaves_its_figures(tmp_path: Path) -> None:
 
 def test_without_time_everything_is_left_out_and_said_to_be(tmp_path: Path) -> None:
     rows = run(tmp_path, "--budget", "0")["rows"]
-    assert {row["section"] for row in rows} == {"tests", "messages", "kernels", "steps", "gradients", "products"}
+    assert {row["section"] for row in rows} == {"tests", "messages", "kernels", "steps", "products"}
     assert all("were left" in row["skipped"] for row in rows)
 
 
