@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..blocks.format import bit_words
+from ..op import op
 
 RUN = 1 << 20  # booleans whose temporaries stay in a CPU's cache
 
@@ -61,7 +62,7 @@ def unpack_bits_in_runs(packed: Tensor, size: Sequence[int]) -> Tensor:
     return mask
 
 
-@torch.library.custom_op("actcompile::pack_bits", mutates_args=())
+@op("pack_bits")
 def pack_bits(mask: Tensor, words: int) -> Tensor:
     """Packs booleans, or bytes that are 0 or 1, of any shape to float32 words (groups, words), 32 to a word."""
     return pack_bits_in_runs(mask, words)
@@ -72,7 +73,7 @@ def _(mask, words):
     return mask.new_empty(bit_words(mask.numel(), words), dtype=torch.float32)
 
 
-@torch.library.custom_op("actcompile::unpack_bits", mutates_args=())
+@op("unpack_bits")
 def unpack_bits(packed: Tensor, size: Sequence[int], dtype: torch.dtype = torch.bool) -> Tensor:
     """Unpacks to a contiguous tensor of shape `size`, of booleans, or of bytes (torch.uint8)."""
     return unpack_bits_in_runs(packed, size).view(dtype)
@@ -83,7 +84,7 @@ def _(packed, size, dtype=torch.bool):
     return packed.new_empty(size, dtype=dtype)
 
 
-@torch.library.custom_op("actcompile::mask_to_bytes", mutates_args=())
+@op("mask_to_bytes")
 def mask_to_bytes(mask: Tensor) -> Tensor:
     """Booleans as uint8, 0 or 1.
 
@@ -98,7 +99,7 @@ def _(mask):
     return torch.empty_like(mask, dtype=torch.uint8)
 
 
-@torch.library.custom_op("actcompile::bytes_to_mask", mutates_args=())
+@op("bytes_to_mask")
 def bytes_to_mask(byte: Tensor) -> Tensor:
     """The inverse of `mask_to_bytes`."""
     return byte.to(torch.bool)
@@ -109,7 +110,7 @@ def _(byte):
     return torch.empty_like(byte, dtype=torch.bool)
 
 
-@torch.library.custom_op("actcompile::narrow", mutates_args=())
+@op("narrow")
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Casts integers, known to fit, to a smaller integer `dtype`; or floats to a shorter float one, to nearest."""
     return x.to(dtype, copy=True)
@@ -120,7 +121,7 @@ def _(x, dtype):
     return torch.empty_like(x, dtype=dtype)
 
 
-@torch.library.custom_op("actcompile::widen", mutates_args=())
+@op("widen")
 def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Casts what `narrow` returned back to `dtype`."""
     return x.to(dtype, copy=True)
@@ -131,7 +132,7 @@ def _(x, dtype):
     return torch.empty_like(x, dtype=dtype)
 
 
-@torch.library.custom_op("actcompile::copy", mutates_args=())
+@op("copy")
 def copy(x: Tensor) -> Tensor:
     """Copies a view of any strides to contiguous memory of its own.
 

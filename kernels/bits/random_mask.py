@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..blocks.random_bits import MIX_2, hash_words, signed32
+from ..op import op
 
 WORDS = 1 << 32  # random words that differ
 RUN = 1 << 18  # elements whose temporaries stay in a CPU's cache
@@ -30,7 +31,7 @@ def random_mask_at(index: Tensor, seed: Tensor, salt: int, threshold: int, below
     return words < threshold if below else words >= threshold
 
 
-@torch.library.custom_op("actcompile::random_mask", mutates_args=())
+@op("random_mask")
 def random_mask(seed: Tensor, salt: int, size: Sequence[int], threshold: int, below: bool) -> Tensor:
     """A bool tensor of shape `size`, true where an element's random word is below `threshold`, or where it is not.
 

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..op import op
 from .format import BlockFormat
 from .levels import apply_map, decode_map, encode_map
 from .random_bits import random_words
@@ -278,7 +279,7 @@ def empty_encoding(x, fmt):
 # ---- ops -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("actcompile::quantize", mutates_args=())
+@op("quantize")
 def quantize(
     x: Tensor,
     seed: Tensor,
@@ -314,7 +315,7 @@ def _(x, seed, salt, bits, block, levels, metadata, words, shift=None, scale=Non
     return empty_encoding(x, BlockFormat(bits, block, levels, metadata, words))
 
 
-@torch.library.custom_op("actcompile::dequantize", mutates_args=())
+@op("dequantize")
 def dequantize(
     words: Tensor,
     low: Tensor,

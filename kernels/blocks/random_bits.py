@@ -16,6 +16,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from ..op import op
+
 MIX_1 = 0x85EBCA6B
 MIX_2 = 0xC2B2AE35
 LCG_MULTIPLIER = 1664525
@@ -74,7 +76,7 @@ def random_words(index: Tensor, seed: Tensor, salt: int, count: int) -> Iterator
         yield h
 
 
-@torch.library.custom_op("actcompile::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@op("draw_seed", (torch.Tag.nondeterministic_seeded,))
 def draw_seed(count: int, device: torch.device, rounding: bool = True) -> Tensor:
     """Draws seeds of one forward call from the default generator of `device`, without a sync.
 

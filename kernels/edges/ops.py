@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._cpp import I32, I64, P, begin, compile_source
 from ..cuda import forms
+from ..op import op
 from .generate import NARROW, generate
 from .generate_products import generate_products
 from .group import MOST, Grouping, group, grouping, row_of
@@ -28,7 +29,7 @@ REMEMBERING = (torch.Tag.cudagraph_unsafe,)
 Run = Callable[[Grouping, list[Tensor], list[Tensor], list[Tensor], int, int, int, int], None]
 
 
-@torch.library.custom_op("actcompile::edges", mutates_args=(), tags=REMEMBERING)
+@op("edges", REMEMBERING)
 def edges(
     program: str,
     by: Tensor,
@@ -75,7 +76,7 @@ def _(program, by, by_row, nodes, heads, columns, indices, rows, operands, group
     ]
 
 
-@torch.library.custom_op("actcompile::aggregate", mutates_args=(), tags=REMEMBERING)
+@op("aggregate", REMEMBERING)
 def aggregate(
     matrix: Tensor,
     weight: Tensor | None,
@@ -116,7 +117,7 @@ def aggregation(dtype: str, weight: str | None = None, scale: bool = False) -> s
     return Program((row, factor), (times,), (Output("sum", "v0", "c", dtype),)).dump()
 
 
-@torch.library.custom_op("actcompile::degree", mutates_args=(), tags=REMEMBERING)
+@op("degree", REMEMBERING)
 def degree(by: Tensor, by_row: int, nodes: int, grouped: Sequence[Tensor]) -> Tensor:
     """The number of edges that each node has: of those that are grouped by it. Arguments as in `edges`.
 
@@ -134,7 +135,7 @@ def _(by, by_row, nodes, grouped):
     return by.new_empty(nodes, dtype=torch.int64)
 
 
-@torch.library.custom_op("actcompile::group_edges", mutates_args=())
+@op("group_edges")
 def group_edges(by: Tensor, by_row: int, nodes: int) -> tuple[Tensor, Tensor]:
     """Groups edges by a node, for indices that a graph makes itself. Arguments as in `edges`.
 

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..op import op
 from .threads import in_threads
 
 TILE = 1 << 18  # elements of a tile of rows: they stay in a CPU's cache
 
 
-@torch.library.custom_op("actcompile::products", mutates_args=())
+@op("products")
 def products(bias: Tensor | None, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """`bias + left[0] @ right[0] + left[1] @ right[1] + ...`, of matrices of one dtype; at least one product."""
     return _products(bias, left, right)

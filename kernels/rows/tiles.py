@@ -18,6 +18,7 @@ from torch import Tensor
 from ..blocks.format import BlockFormat
 from ..cpu import decoder, unpack_bits_on_cpu
 from ..edges.ops import prepare_edges
+from ..op import op
 from .loops import loop
 from .threads import in_threads
 
@@ -101,7 +102,7 @@ def _op(name: str) -> Any:
     return reduce(getattr, name.split("."), torch.ops)
 
 
-@torch.library.custom_op("actcompile::row_sums", mutates_args=())
+@op("row_sums")
 def row_sums(program: str, rows: int, operands: Sequence[Tensor]) -> list[Tensor]:
     """Runs a program over tiles of rows.
 
@@ -174,7 +175,7 @@ def _add(total: Tensor, left: Tensor, right: Tensor | None) -> None:
         total += left.t() @ right
 
 
-_OWN = {
+_OWN: dict[str, Callable[..., Any]] = {
     LOOP: loop,
     "actcompile.unpack_bits.default": unpack_bits_on_cpu,
     "actcompile.bytes_to_mask.default": lambda byte: byte.view(torch.bool),

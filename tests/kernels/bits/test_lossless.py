@@ -100,15 +100,15 @@ def strided_masks():
 @pytest.mark.parametrize("name", strided_masks())
 def test_opcheck_of_bits(name):
     mask = strided_masks()[name]
-    torch.library.opcheck(pack_bits, (mask, 3))
-    torch.library.opcheck(unpack_bits, (pack_bits(mask, 3), list(mask.shape)))
+    torch.library.opcheck(pack_bits.overload, (mask, 3))
+    torch.library.opcheck(unpack_bits.overload, (pack_bits(mask, 3), list(mask.shape)))
 
 
 @pytest.mark.parametrize("name", strided_masks())
 def test_opcheck_of_integers(name):
     x = strided_masks()[name]
-    torch.library.opcheck(narrow, (x.to(torch.int64), torch.int16))
-    torch.library.opcheck(widen, (x.to(torch.int16), torch.int64))
+    torch.library.opcheck(narrow.overload, (x.to(torch.int64), torch.int16))
+    torch.library.opcheck(widen.overload, (x.to(torch.int16), torch.int64))
 
 
 def test_one_graph_serves_every_number_of_rows():

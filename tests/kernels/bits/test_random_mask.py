@@ -42,7 +42,7 @@ def test_runs_join():
 
 
 def test_opcheck():
-    torch.library.opcheck(random_mask, (SEED, 1, [3, 5], HALF, False))
+    torch.library.opcheck(random_mask.overload, (SEED, 1, [3, 5], HALF, False))
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-12, 0.1, 0.3, 0.5, 0.9, 1 - 1e-12, 1.0])

@@ -257,9 +257,9 @@ def test_opcheck(name, dtype):
     fmt, size = OPCHECKED[name]
     x = (torch.rand(size, generator=torch.Generator().manual_seed(3)) ** 40).to(dtype)
     x = x.t() if x.dim() == 2 and name != "empty" else x
-    torch.library.opcheck(quantize, (x, SEED, 2, *fields(fmt)))
+    torch.library.opcheck(quantize.overload, (x, SEED, 2, *fields(fmt)))
     parts = encode(x, fmt)
-    torch.library.opcheck(dequantize, (*parts, list(x.shape), dtype, fmt.bits, fmt.block, fmt.levels))
+    torch.library.opcheck(dequantize.overload, (*parts, list(x.shape), dtype, fmt.bits, fmt.block, fmt.levels))
 
 
 GRAPHS = [

@@ -107,7 +107,7 @@ def test_seeds_fill_all_32_bits():
 @pytest.mark.parametrize("count", (0, 1, 3))
 def test_draw_seed_passes_opcheck(count):
     """Not all of opcheck: the rest compares two calls, which draw two seeds."""
-    torch.library.opcheck(draw_seed, (count, CPU), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(draw_seed.overload, (count, CPU), test_utils=("test_schema", "test_faketensor"))
 
 
 SEEDS = [(12345, -678), (0, 0), (-1, 1), (2**31 - 1, -(2**31))]

@@ -179,9 +179,9 @@ def test_nothing_in_either_dimension():
 def test_ops_are_registered_in_order():
     x, edge_index, weight = torch.randn(6, 4), torch.randint(6, (2, 20)), torch.rand(20, 1)
     for grouped in ([], list(group_edges(edge_index, 1, 6))):
-        torch.library.opcheck(edges, (SUM.dump(), edge_index, 1, 6, 1, 4, [edge_index], [0], [x], grouped))
-        torch.library.opcheck(aggregate, (x, weight, edge_index, 0, edge_index, 1, 6, grouped))
-    torch.library.opcheck(group_edges, (edge_index, 1, 6))
+        torch.library.opcheck(edges.overload, (SUM.dump(), edge_index, 1, 6, 1, 4, [edge_index], [0], [x], grouped))
+        torch.library.opcheck(aggregate.overload, (x, weight, edge_index, 0, edge_index, 1, 6, grouped))
+    torch.library.opcheck(group_edges.overload, (edge_index, 1, 6))
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
