@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from actcompile.kernels.blocks.format import BlockFormat
-from actcompile.kernels.blocks.levels import decode_map, encode_map
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -110,16 +109,19 @@ def _run(*command: object) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
-def quantize_code(fmt: BlockFormat, dtype: torch.dtype, capability: int, partial: bool = False) -> MachineCode:
-    """The code of `quantize` for an input of `dtype`; `partial`: for sizes whose last group is not full."""
+def quantize_code(
+    fmt: BlockFormat, dtype: torch.dtype, capability: int, partial: bool = False, columns: int = 0
+) -> MachineCode:
+    """The code of `quantize` for an input of `dtype`; `partial`: for sizes whose last group is not full; `columns`:
+    standardised."""
     from actcompile.kernels.blocks import triton_quantize as kernels
 
-    tile = kernels.encode_tile(fmt, dtype.itemsize)
-    meta = TYPES[fmt.metadata]
+    units = kernels.Units(columns, columns > 0)
+    tile = kernels.encode_tile(fmt, dtype.itemsize, units)
     return machine_code(
         kernels.quantize_kernel if fmt.words <= tile.width else kernels.quantize_long_kernel,
-        {"x": TYPES[dtype], "seed": "*i32", "words": "*i32", "low": meta, "high": meta},
-        kernels.encode_constants(fmt, fmt.group + partial, tile),
+        _codec_pointers(fmt, dtype) | {"seed": "*i32"},
+        kernels.encode_constants(fmt, partial, tile, units),
         tile.warps,
         tile.groups * fmt.group,
         capability,
@@ -128,35 +130,41 @@ def quantize_code(fmt: BlockFormat, dtype: torch.dtype, capability: int, partial
 
 def again_code(op: str, fmt: BlockFormat, dtype: torch.dtype, capability: int) -> MachineCode:
     """The code that does tiles again whose blocks are not calm, of `quantize` or `dequantize` (`op`)."""
-    from actcompile.kernels.blocks import triton_quantize as kernels
+    from actcompile.kernels.blocks import triton_dequantize, triton_quantize
 
     encoding = op == "quantize"
+    kernels: Any = triton_quantize if encoding else triton_dequantize
     tile = (kernels.encode_tile if encoding else kernels.decode_tile)(fmt, dtype.itemsize)
-    meta = TYPES[fmt.metadata]
     return machine_code(
         kernels.quantize_again_kernel if encoding else kernels.dequantize_again_kernel,
-        {"x": TYPES[dtype], "seed": "*i32", "words": "*i32", "low": meta, "high": meta},
-        kernels.again_constants(fmt, (encode_map if encoding else decode_map)(fmt), tile),
+        _codec_pointers(fmt, dtype) | ({"seed": "*i32"} if encoding else {}),
+        kernels.again_constants(fmt, tile),
         tile.warps,
         tile.groups * fmt.group,
         capability,
     )
 
 
-def dequantize_code(fmt: BlockFormat, dtype: torch.dtype, capability: int, partial: bool = False) -> MachineCode:
+def dequantize_code(
+    fmt: BlockFormat, dtype: torch.dtype, capability: int, partial: bool = False, columns: int = 0
+) -> MachineCode:
     """The code of `dequantize` for an output of `dtype`."""
-    from actcompile.kernels.blocks import triton_quantize as kernels
+    from actcompile.kernels.blocks import triton_dequantize as kernels
 
     tile = kernels.decode_tile(fmt, dtype.itemsize)
-    meta = TYPES[fmt.metadata]
     return machine_code(
         kernels.dequantize_kernel,
-        {"words": "*i32", "low": meta, "high": meta, "x": TYPES[dtype]},
-        kernels.constants(fmt, fmt.group + partial, decode_map(fmt), tile),
+        _codec_pointers(fmt, dtype),
+        kernels.decode_constants(fmt, partial, tile, kernels.Units(columns, columns > 0)),
         tile.warps,
         tile.groups * min(fmt.group, fmt.planes * tile.width),
         capability,
     )
+
+
+def _codec_pointers(fmt: BlockFormat, dtype: torch.dtype) -> dict[str, str]:
+    meta = TYPES[fmt.metadata]
+    return {"x": TYPES[dtype], "words": "*i32", "low": meta, "high": meta, "shift": "*fp32", "scale": "*fp32"}
 
 
 def bits_code(op: str, words: int, capability: int, partial: bool = False) -> MachineCode:
@@ -185,12 +193,9 @@ def edges_code(
 
     from actcompile.kernels.edges import triton_run as kernels
     from actcompile.kernels.edges.program import REDUCTIONS, parse
-    from actcompile.kernels.edges.triton_generate import reads
 
-    program = parse(text)
-    output = program.outputs[0]
-    tile = kernels.tile_for(output, heads, columns, degree)
-    operands, indices = reads(text, 0)
+    program, chosen = parse(text), kernels.plan(text, 0, heads, columns, degree)
+    output, tile = chosen.output, chosen.tile
     kinds = {
         "float64": "*fp64",
         "float32": "*fp32",
@@ -199,7 +204,8 @@ def edges_code(
         "bool": "*u8",
         "bits": "*u8",
     }
-    pointers = {f"o{i}": kinds[program.operands[i].dtype] for i in operands} | {f"i{j}": "*i32" for j in indices}
+    pointers = {f"o{i}": kinds[program.operands[i].dtype] for i in chosen.operands}
+    pointers |= {f"i{j}": "*i32" for j in chosen.indices}
     out = kinds["float32" if pieces and output.kind in REDUCTIONS else output.dtype]
     if pieces:
         tile = replace(tile, nodes=1, edges=tile.nodes * tile.edges)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._cpp import I32, I64, P, begin, library
 from .bits.lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
-from .blocks.format import BlockFormat, bit_words
+from .blocks.format import BlockFormat, bit_words, block_format
 from .blocks.levels import decode_map, encode_map
 from .blocks.quantize import columns, dequantize, dequantize_in_runs, empty_encoding, quantize, quantize_in_runs
 
@@ -93,7 +93,7 @@ def _(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fmt = BlockFormat(bits, block, levels, metadata, words)
+    fmt = block_format(bits, block, levels, metadata, words)
     kernels, native = compiled(fmt, x.dtype)
     if kernels is None:
         return quantize_in_runs(x, seed, salt, fmt, shift, scale)
@@ -120,7 +120,7 @@ def _(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
+    fmt = block_format(bits, block, levels, low.dtype, words.shape[1])
     return decoder(fmt, dtype, shift, scale)(words, low, high, size)
 
 

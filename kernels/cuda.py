@@ -13,19 +13,29 @@ import torch
 from torch import Tensor
 
 from .bits.lossless import pack_bits, pack_bits_in_runs, unpack_bits, unpack_bits_in_runs
-from .blocks.format import BlockFormat
-from .blocks.quantize import dequantize, dequantize_in_runs, quantize, quantize_in_runs, standardised, unstandardised
+from .blocks.format import BlockFormat, block_format
+from .blocks.quantize import dequantize, dequantize_in_runs, quantize, quantize_in_runs
 
 log = logging.getLogger(__name__)
 
 
 class Quantize(Protocol):
-    def __call__(self, x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat) -> tuple[Tensor, Tensor, Tensor]: ...
+    def __call__(
+        self, x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat, shift: Tensor | None, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Dequantize(Protocol):
     def __call__(
-        self, words: Tensor, low: Tensor, high: Tensor, size: Sequence[int], dtype: torch.dtype, fmt: BlockFormat
+        self,
+        words: Tensor,
+        low: Tensor,
+        high: Tensor,
+        size: Sequence[int],
+        dtype: torch.dtype,
+        fmt: BlockFormat,
+        shift: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -52,7 +62,8 @@ def forms() -> Forms:
     """The Triton kernels; without Triton the references, which launch many kernels where Triton launches one."""
     try:
         from .bits.triton_lossless import pack_bits_triton, unpack_bits_triton
-        from .blocks.triton_quantize import dequantize_triton, quantize_triton
+        from .blocks.triton_dequantize import dequantize_triton
+        from .blocks.triton_quantize import quantize_triton
         from .edges.triton_run import run_triton
     except ImportError as error:
         log.warning(
@@ -78,8 +89,7 @@ def _(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fmt = BlockFormat(bits, block, levels, metadata, words)
-    return forms().quantize(standardised(x, shift, scale), seed, salt, fmt)
+    return forms().quantize(x, seed, salt, block_format(bits, block, levels, metadata, words), shift, scale)
 
 
 @dequantize.register_kernel("cuda")
@@ -95,11 +105,8 @@ def _(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    fmt = BlockFormat(bits, block, levels, low.dtype, words.shape[1])
-    if scale is None:
-        return forms().dequantize(words, low, high, size, dtype, fmt)
-    x = forms().dequantize(words, low, high, size, torch.float32, fmt)
-    return unstandardised(x, shift, scale, dtype)
+    fmt = block_format(bits, block, levels, low.dtype, words.shape[1])
+    return forms().dequantize(words, low, high, size, dtype, fmt, shift, scale)
 
 
 @pack_bits.register_kernel("cuda")

@@ -147,6 +147,12 @@ class BlockFormat:
         return self.groups(numel) * (4 * self.words + metadata)
 
 
+@lru_cache(maxsize=1024)
+def block_format(bits: int, block: int, levels: str, metadata: torch.dtype, words: int) -> BlockFormat:
+    """A `BlockFormat`, made and checked once: of the arguments of an op, in every call."""
+    return BlockFormat(bits, block, levels, metadata, words)
+
+
 def bit_words(numel, words: int):
     """Shape `(groups, words)` of `numel` booleans packed to one bit each, `32 * words` to a group."""
     return (numel + 32 * words - 1) // (32 * words), words

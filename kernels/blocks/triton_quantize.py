@@ -1,4 +1,4 @@
-"""`quantize` and `dequantize` as Triton kernels, bit for bit what `quantize_reference` and `dequantize_reference` give.
+"""`quantize` as Triton kernels, bit for bit what `quantize_reference` gives.
 
 Bit-equality rests on the same order of operations in float32: products and sums are never contracted
 (`enable_fp_fusion=False`), `scalar / tensor` is the product with the reciprocal, as it is in torch, and minimum,
@@ -9,7 +9,7 @@ the blocks' ends alone, and does the tiles again where one is not: a kernel of i
 registers from what is not.
 """
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,46 +19,41 @@ from torch import Tensor
 
 from . import random_bits
 from .format import BlockFormat
-from .levels import decode_map, encode_map
-from .quantize import LARGEST as LARGEST_FLOAT32
-from .quantize import SMALLEST_HALF_RANGE, SMALLEST_NORMAL, WIDE_HALF_RANGE
-from .triton_tile import LOAD, THREADS, Tile, elements_left, on_device, plane_mask, rows, tile_for
+from .levels import encode_map
+from .triton_numbers import (
+    EXACT,
+    INFINITY,
+    LARGEST,
+    LARGEST_BFLOAT16,
+    TINY,
+    bend,
+    careful_mask,
+    greatest,
+    half_range,
+    in_row,
+    least,
+    standardise,
+)
+from .triton_tile import (
+    LOAD,
+    NONE,
+    THREADS,
+    Tile,
+    Units,
+    constants,
+    elements_left,
+    on_device,
+    plane_mask,
+    rows,
+    tile_for,
+)
 
 MIX_1 = tl.constexpr(random_bits.MIX_1)
 MIX_2 = tl.constexpr(random_bits.MIX_2)
 LCG_MULTIPLIER = tl.constexpr(random_bits.LCG_MULTIPLIER)
 LCG_INCREMENT = tl.constexpr(random_bits.LCG_INCREMENT)
-SMALLEST = tl.constexpr(SMALLEST_HALF_RANGE)
-WIDE = tl.constexpr(WIDE_HALF_RANGE)
-INFINITY = tl.constexpr(float("inf"))
-LARGEST = tl.constexpr(LARGEST_FLOAT32)
-LARGEST_BFLOAT16 = tl.constexpr(torch.finfo(torch.bfloat16).max)
-LARGEST_FLOAT16 = tl.constexpr(torch.finfo(torch.float16).max)
-TINY = tl.constexpr(SMALLEST_NORMAL)
 KEPT = 64  # elements of a block that a thread keeps in registers
-MOST = 128  # elements of a group that a thread works on
-EXACT = {"enable_fp_fusion": False}
-
-
-@triton.jit
-def least(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def greatest(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def bend(t, SLOPE: tl.constexpr, TERMS: tl.constexpr):
-    """`levels.apply_map`."""
-    if SLOPE == 1.0 and len(TERMS) == 0:
-        return t
-    result = t * SLOPE
-    for i in tl.static_range(len(TERMS)):
-        result = result + (tl.minimum(tl.maximum(t, TERMS[i][0]), TERMS[i][1]) - TERMS[i][0]) * TERMS[i][2]
-    return result
+MOST, MOST_STANDARDISED = 128, 64  # elements of a group that a thread works on
 
 
 @triton.jit
@@ -67,13 +62,6 @@ def truncate(x, away):
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(away & (tl.abs(x) < INFINITY), bits + 0xFFFF, bits)
     return tl.where(x != x, x, (bits & -65536).to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def half_range(low, high):
-    """`quantize.half_range`."""
-    half_low = low * 0.5
-    return half_low, greatest(high * 0.5 - half_low, SMALLEST)
 
 
 @triton.jit
@@ -145,17 +133,11 @@ def nearest_bfloat16(x):
 
 
 @triton.jit
-def careful_mask(row, j, left, k, GROUP: tl.constexpr, WORDS: tl.constexpr):
-    """`plane_mask` of a plane that is known when the kernel runs only."""
-    within = k * WORDS + j[None, :]
-    return (j < WORDS)[None, :] & (within < GROUP) & (row[:, None] * GROUP + within < left)
-
-
-@triton.jit
 def quantize_careful(
-    x, seed, salt, words, low, high, tile, groups, numel,
+    x, seed, salt, words, low, high, shift, scale, tile, groups, numel,
     BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
     SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    COLUMNS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Encodes a tile whatever is in it, block by block, `W` words of each group at a time; in loops: it is rare."""
     BLOCKS: tl.constexpr = GROUP // BLOCK
@@ -174,8 +156,9 @@ def quantize_careful(
         for _ in range(tl.cdiv(WORDS, W)):
             for k in range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
                 used = careful_mask(row, j, left, k, GROUP, WORDS)
-                place = x + tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
-                plane = tl.load(place, mask=used, other=0).to(tl.float32)
+                place = tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
+                plane = tl.load(x + place, mask=used, other=0).to(tl.float32)
+                plane = tl.where(used, standardise(plane, shift, scale, place, COLUMNS, SHIFTED), 0.0)
                 finite = tl.abs(plane) < INFINITY
                 bounded = tl.minimum(tl.maximum(plane, -LIMIT), LIMIT)
                 lowest = tl.minimum(lowest, tl.where(used & finite, bounded, INFINITY))
@@ -220,8 +203,9 @@ def quantize_careful(
                 random = tl.where((k > 0) & (k % 4 == 0), next_random(random), random)
                 if k >= b * PER_BLOCK:
                     used = careful_mask(row, j, left, k, GROUP, WORDS)
-                    place = x + tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
-                    plane = tl.load(place, mask=used, other=0).to(tl.float32)
+                    place = tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
+                    plane = tl.load(x + place, mask=used, other=0).to(tl.float32)
+                    plane = tl.where(used, standardise(plane, shift, scale, place, COLUMNS, SHIFTED), 0.0)
                     finite = tl.abs(plane) < INFINITY
                     value = tl.where(finite, tl.minimum(tl.maximum(plane, -LIMIT), LIMIT), 0.0)
                     position = (value * 0.5 - half_low[:, None]) * inverse[:, None]
@@ -244,9 +228,10 @@ def quantize_careful(
 
 @triton.jit(do_not_specialize=["salt", "first", "groups", "numel"])
 def quantize_again_kernel(
-    x, seed, salt: tl.int32, words, low, high, first: tl.int64, groups: tl.int64, numel: tl.int64,
+    x, seed, salt: tl.int32, words, low, high, shift, scale, first: tl.int64, groups: tl.int64, numel: tl.int64,
     BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
     SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    COLUMNS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Encodes the tiles again that have a block which is not finite, by the ends that were stored."""
     tile = first + tl.program_id(0).to(tl.int64) * GROUPS
@@ -259,15 +244,16 @@ def quantize_again_kernel(
         highest = tl.load(high + meta, mask=exists, other=0).to(tl.float32)
         calm = calm & (tl.abs(lowest) < INFINITY) & (tl.abs(highest) < INFINITY)
     if tl.min(calm.to(tl.int32), 0) == 0:
-        quantize_careful(x, seed, salt, words, low, high, tile, groups, numel,
-                         BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
+        quantize_careful(x, seed, salt, words, low, high, shift, scale, tile, groups, numel,
+                         BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W, COLUMNS, SHIFTED)  # fmt: skip
 
 
 @triton.jit
 def quantize_tile(
-    x, seed, salt, words, low, high, tile, groups, numel,
+    x, seed, salt, words, low, high, shift, scale, tile, groups, numel,
     PARTIAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
-    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, KEEP: tl.constexpr,
+    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = GROUP // BLOCK
     PER_BLOCK: tl.constexpr = 32 // BITS // BLOCKS
@@ -276,6 +262,7 @@ def quantize_tile(
     j = tl.arange(0, W)
     left = elements_left(numel, tile, GROUP, GROUPS, False)
     elements = x + tile * GROUP + (row[:, None] * GROUP + j[None, :])
+    place = in_row(tile * GROUP, COLUMNS) + row[:, None] * GROUP + j[None, :]
     at = row[:, None] * WORDS + j[None, :]
     random = first_random((tile * WORDS).to(tl.uint32) + at.to(tl.uint32), seed, salt)
     word = tl.zeros((GROUPS, W), tl.uint32)
@@ -286,6 +273,7 @@ def quantize_tile(
         for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
             used = plane_mask(row, j, left, k, PARTIAL, GROUP, WORDS)
             plane = load_plane(elements + k * WORDS, used, MASKED)
+            plane = standardise(plane, shift, scale, place + k * WORDS, COLUMNS, SHIFTED)
             if KEEP:
                 planes = planes + (plane,)  # type: ignore[assignment]
             lowest = least(lowest, tl.where(used, plane, INFINITY) if MASKED else plane)
@@ -298,7 +286,11 @@ def quantize_tile(
         half_low, inverse = keep_range(lowest, highest, low + meta, high + meta, exists, (1 << BITS) - 1)
         for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
             used = plane_mask(row, j, left, k, PARTIAL, GROUP, WORDS)
-            plane = planes[k - b * PER_BLOCK] if KEEP else load_plane(elements + k * WORDS, used, MASKED)
+            if KEEP:
+                plane = planes[k - b * PER_BLOCK]
+            else:
+                plane = load_plane(elements + k * WORDS, used, MASKED)
+                plane = standardise(plane, shift, scale, place + k * WORDS, COLUMNS, SHIFTED)
             if k > 0 and k % 4 == 0:
                 random = next_random(random)
             code = field(plane, half_low[:, None], inverse[:, None], random, k, BITS, SLOPE, TERMS)
@@ -311,29 +303,32 @@ def quantize_tile(
 
 @triton.jit(do_not_specialize=["salt", "first", "groups", "numel"])
 def quantize_kernel(
-    x, seed, salt: tl.int32, words, low, high, first: tl.int64, groups: tl.int64, numel: tl.int64,
+    x, seed, salt: tl.int32, words, low, high, shift, scale, first: tl.int64, groups: tl.int64, numel: tl.int64,
     PARTIAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
-    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, KEEP: tl.constexpr,
+    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Encodes `GROUPS` groups a program, from group `first` on; reads elements once where `KEEP`, else twice."""
     tile = first + tl.program_id(0).to(tl.int64) * GROUPS
     if PARTIAL:
         if (tile + GROUPS) * GROUP <= numel:
-            quantize_tile(x, seed, salt, words, low, high, tile, groups, numel,
-                          False, BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W, KEEP)  # fmt: skip
+            quantize_tile(x, seed, salt, words, low, high, shift, scale, tile, groups, numel,
+                          False, BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W,
+                          COLUMNS, SHIFTED, KEEP)  # fmt: skip
         else:
-            quantize_tile(x, seed, salt, words, low, high, tile, groups, numel,
-                          True, BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W, KEEP)  # fmt: skip
+            quantize_tile(x, seed, salt, words, low, high, shift, scale, tile, groups, numel,
+                          True, BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W, COLUMNS, SHIFTED, KEEP)  # fmt: skip
     else:
-        quantize_tile(x, seed, salt, words, low, high, tile, groups, numel,
-                      False, BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W, KEEP)  # fmt: skip
+        quantize_tile(x, seed, salt, words, low, high, shift, scale, tile, groups, numel,
+                      False, BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W, COLUMNS, SHIFTED, KEEP)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["salt", "first", "groups", "numel"])
 def quantize_long_kernel(
-    x, seed, salt: tl.int32, words, low, high, first: tl.int64, groups: tl.int64, numel: tl.int64,
+    x, seed, salt: tl.int32, words, low, high, shift, scale, first: tl.int64, groups: tl.int64, numel: tl.int64,
     PARTIAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
-    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, KEEP: tl.constexpr,
+    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Encodes one group a program, `W` words at a time, for groups too long for registers: reads elements twice."""
     PLANES: tl.constexpr = 32 // BITS
@@ -343,6 +338,7 @@ def quantize_long_kernel(
     group = first + tl.program_id(0).to(tl.int64)
     x += group * GROUP
     words += group * WORDS
+    first_place = in_row(group * GROUP, COLUMNS)
     left = tl.minimum(numel - group * GROUP, GROUP)
     lanes = tl.arange(0, W)[None, :].to(tl.int64)
     half_lows, inverses = (), ()
@@ -354,6 +350,7 @@ def quantize_long_kernel(
             for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
                 used = (j < WORDS) & (j + k * WORDS < left)
                 plane = load_plane(x + k * WORDS + j, used, MASKED)
+                plane = standardise(plane, shift, scale, first_place + k * WORDS + j, COLUMNS, SHIFTED)
                 lowest = least(lowest, tl.where(used, plane, INFINITY) if MASKED else plane)
                 highest = greatest(highest, tl.where(used, plane, -INFINITY) if MASKED else plane)
             j += W
@@ -373,228 +370,70 @@ def quantize_long_kernel(
                 random = next_random(random)
             used = (j < WORDS) & (j + k * WORDS < left)
             plane = load_plane(x + k * WORDS + j, used, MASKED)
+            plane = standardise(plane, shift, scale, first_place + k * WORDS + j, COLUMNS, SHIFTED)
             code = field(plane, half_lows[k // PER_BLOCK], inverses[k // PER_BLOCK], random, k, BITS, SLOPE, TERMS)
             word = word | (tl.where(used, code, 0) if MASKED else code)
         tl.store(words + j, word.to(tl.int32, bitcast=True), mask=j < WORDS)
         j += W
 
 
-@triton.jit
-def dequantize_careful(
-    words, low, high, x, tile, start, groups, numel,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
-    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """Decodes a tile whatever is in it."""
-    BLOCKS: tl.constexpr = GROUP // BLOCK
-    PER_BLOCK: tl.constexpr = 32 // BITS // BLOCKS
-    TOP: tl.constexpr = (1 << BITS) - 1
-    BETWEEN: tl.constexpr = TOP - 2 if BITS > 1 else TOP
-    NARROW: tl.constexpr = LARGEST_FLOAT16 if x.dtype.element_ty == tl.float16 else LARGEST
-    MOST: tl.constexpr = LARGEST_BFLOAT16 if x.dtype.element_ty == tl.bfloat16 else NARROW
-    row, exists = rows(tile, groups, GROUPS)
-    row = row.to(tl.int64)
-    j = tl.arange(0, W).to(tl.int64) + start
-    left = tl.minimum(numel - tile * GROUP, GROUPS * GROUP)
-    at = tile * WORDS + (row[:, None] * WORDS + j[None, :])
-    word = tl.load(words + at, mask=(j < WORDS)[None, :], other=0).to(tl.uint32, bitcast=True)
-    for b in range(BLOCKS):
-        meta = tile * BLOCKS + (row * BLOCKS + b)
-        first, second = tl.load(low + meta).to(tl.float32), tl.load(high + meta).to(tl.float32)
-        if BITS > 1:
-            marked = first > second
-            lowest, highest = tl.where(marked, second, first), tl.where(marked, first, second)
-            below, above = tl.where(marked, -INFINITY, first), tl.where(marked, INFINITY, second)
-        else:
-            marked = (tl.abs(first) == INFINITY) | (tl.abs(second) == INFINITY)
-            lowest, highest, below, above = first, second, first, second
-        _, half = half_range(lowest, highest)
-        wide = half > WIDE
-        shrink, grow = tl.where(wide, 0.25, 1.0), tl.where(wide, 4.0, 1.0)
-        step, minimum = half * shrink * tl.where(marked, 2.0 / BETWEEN, 2.0 / TOP), lowest * shrink
-        for k in range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
-            code = ((word >> (BITS * k)) & TOP).to(tl.int32)
-            level = bend(code.to(tl.float32), SLOPE, TERMS)
-            if BITS > 1:
-                level = tl.where(marked[:, None], code.to(tl.float32) - 1.0, level)
-            value = (level * step[:, None] + minimum[:, None]) * grow[:, None]
-            value = tl.where(value < -MOST, -MOST, tl.where(value > MOST, MOST, value))
-            end = tl.where(code == 0, below[:, None], above[:, None])
-            value = tl.where(marked[:, None] & ((code == 0) | (code == TOP)), end, value)
-            mask = exists[:, None] & careful_mask(row, j, left, k, GROUP, WORDS)
-            place = x + tile * GROUP + (row[:, None] * GROUP + k * WORDS + j[None, :])
-            tl.store(place, value.to(x.dtype.element_ty), mask=mask)
+def encode_tile(fmt: BlockFormat, itemsize: int, units: Units = NONE) -> Tile:
+    """The tile of `quantize_kernel`: loads of 16 bytes, of 8 where codes of 2-byte elements would spill."""
+    return tile_for(
+        fmt.words, max(1, min(LOAD // itemsize, (MOST_STANDARDISED if units.columns else MOST) // fmt.planes))
+    )
 
 
-@triton.jit
-def dequantize_tile(
-    words, low, high, x, tile, start, groups, numel,
-    PARTIAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
-    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    BLOCKS: tl.constexpr = GROUP // BLOCK
-    PER_BLOCK: tl.constexpr = 32 // BITS // BLOCKS
-    TOP: tl.constexpr = (1 << BITS) - 1
-    row, exists = rows(tile, groups, GROUPS)
-    j = tl.arange(0, W)
-    if W < WORDS:
-        j = j + start
-    left = elements_left(numel, tile, GROUP, GROUPS, W < WORDS)
-    elements = x + tile * GROUP + (row[:, None] * GROUP + j[None, :])
-    packed = words + tile * WORDS + (row[:, None] * WORDS + j[None, :])
-    if WORDS % W == 0:
-        word = tl.load(packed).to(tl.uint32, bitcast=True)
-    else:
-        word = tl.load(packed, mask=(j < WORDS)[None, :], other=0).to(tl.uint32, bitcast=True)
-    for b in tl.static_range(BLOCKS):
-        meta = tile * BLOCKS + (row * BLOCKS + b)
-        lowest, highest = tl.load(low + meta).to(tl.float32), tl.load(high + meta).to(tl.float32)
-        _, half = half_range(lowest, highest)
-        step = half * (2.0 / TOP)
-        for k in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
-            code = ((word >> (BITS * k)) & TOP).to(tl.int32).to(tl.float32)
-            value = bend(code, SLOPE, TERMS) * step[:, None] + lowest[:, None]
-            mask = exists[:, None] & plane_mask(row, j, left, k, PARTIAL, GROUP, WORDS)
-            tl.store(elements + k * WORDS, value.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["first", "groups", "numel"])
-def dequantize_kernel(
-    words, low, high, x, first: tl.int64, groups: tl.int64, numel: tl.int64,
-    PARTIAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
-    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """Decodes `GROUPS` groups by `W` words a program, from group `first` on."""
-    tile = first + tl.program_id(0).to(tl.int64) * GROUPS
-    start = tl.program_id(1).to(tl.int64) * W
-    if PARTIAL:
-        if (tile + GROUPS) * GROUP <= numel:
-            dequantize_tile(words, low, high, x, tile, start, groups, numel,
-                            False, BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
-        else:
-            dequantize_tile(words, low, high, x, tile, start, groups, numel,
-                            True, BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
-    else:
-        dequantize_tile(words, low, high, x, tile, start, groups, numel,
-                        False, BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["first", "groups", "numel"])
-def dequantize_again_kernel(
-    words, low, high, x, first: tl.int64, groups: tl.int64, numel: tl.int64,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
-    SLOPE: tl.constexpr, TERMS: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """Decodes the tiles again that have a block which is marked, or not of numbers far from overflow."""
-    tile = first + tl.program_id(0).to(tl.int64) * GROUPS
-    start = tl.program_id(1).to(tl.int64) * W
-    BLOCKS: tl.constexpr = GROUP // BLOCK
-    CALM: tl.constexpr = LARGEST_FLOAT16 if x.dtype.element_ty == tl.float16 else WIDE
-    row, exists = rows(tile, groups, GROUPS)
-    calm = row >= 0
-    for b in range(BLOCKS):
-        meta = tile * BLOCKS + (row * BLOCKS + b)
-        lowest = tl.load(low + meta, mask=exists, other=0).to(tl.float32)
-        highest = tl.load(high + meta, mask=exists, other=0).to(tl.float32)
-        calm = calm & (lowest <= highest) & (lowest >= -CALM) & (highest <= CALM)
-    if tl.min(calm.to(tl.int32), 0) == 0:
-        dequantize_careful(words, low, high, x, tile, start, groups, numel,
-                           BITS, BLOCK, WORDS, GROUP, SLOPE, TERMS, GROUPS, W)  # fmt: skip
-
-
-def constants(fmt: BlockFormat, numel: int, mapping: tuple, tile: Tile) -> dict[str, Any]:
-    """The compile-time arguments of all three kernels but `KEEP`; `mapping` is an `encode_map` or `decode_map`."""
-    slope, terms = mapping
-    return {
-        "PARTIAL": numel % fmt.group != 0,
-        "BITS": fmt.bits,
-        "BLOCK": fmt.block,
-        "WORDS": fmt.words,
-        "GROUP": fmt.group,
-        "SLOPE": slope,
-        "TERMS": terms,
-        "GROUPS": tile.groups,
-        "W": tile.width,
-    }
-
-
-def again_constants(fmt: BlockFormat, mapping: tuple, tile: Tile) -> dict[str, Any]:
-    """The compile-time arguments of the kernels that do tiles again, which are masked throughout."""
-    chosen = constants(fmt, 0, mapping, tile)
-    chosen.pop("PARTIAL")
-    return chosen
-
-
-def encode_tile(fmt: BlockFormat, itemsize: int) -> Tile:
-    """The tile of `quantize_kernel`: loads of 16 bytes, of 8 where 1-bit codes of 2-byte elements would spill."""
-    return tile_for(fmt.words, min(LOAD // itemsize, MOST // fmt.planes))
-
-
-def decode_tile(fmt: BlockFormat, itemsize: int) -> Tile:
-    """The tile of `dequantize_kernel`: stores of 16 bytes."""
-    return tile_for(fmt.words, LOAD // itemsize)
-
-
-def encode_constants(fmt: BlockFormat, numel: int, tile: Tile) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def encode_constants(fmt: BlockFormat, partial: bool, tile: Tile, units: Units = NONE) -> dict[str, Any]:
     """The compile-time arguments of `quantize_kernel`. Where a thread has too many elements for its registers, it
     reads them again instead, from the nearest cache."""
     elements = fmt.planes // fmt.blocks_per_group * tile.groups * tile.width // (tile.warps * THREADS)
-    return constants(fmt, numel, encode_map(fmt), tile) | {"KEEP": elements <= KEPT}
+    return constants(fmt, encode_map(fmt), tile, units) | {"PARTIAL": partial, "KEEP": elements <= KEPT}
+
+
+@lru_cache(maxsize=1024)
+def again_constants(fmt: BlockFormat, tile: Tile, units: Units = NONE) -> dict[str, Any]:
+    """The compile-time arguments of `quantize_again_kernel`, which is masked throughout."""
+    return constants(fmt, encode_map(fmt), tile, units)
 
 
 def quantize_into(
     x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat, words: Tensor, low: Tensor, high: Tensor,
-    first: int = 0, tile: Tile | None = None,
+    first: int = 0, tile: Tile | None = None, shift: Tensor | None = None, scale: Tensor | None = None,
+    columns: int = 0,
 ) -> None:  # fmt: skip
-    """Encodes the flat, contiguous `x` from group `first` on into `words` (int32), `low` and `high`."""
-    tile = tile or encode_tile(fmt, x.element_size())
-    programs = tile.programs(fmt.groups(x.numel()) - first)
+    """Encodes the flat, contiguous `x` from group `first` on into `words` (int32), `low` and `high`; with `scale`, its
+    standardised columns, of which there are so many."""
+    units = Units.of(shift, scale, columns)
+    tile = tile or encode_tile(fmt, x.element_size(), units)
+    numel = x.numel()
+    groups = fmt.groups(numel)
+    programs = tile.programs(groups - first)
     if programs == 0:
         return
     kernel = quantize_kernel if fmt.words <= tile.width else quantize_long_kernel
-    arguments = (x, seed.contiguous(), salt, words, low, high, first, fmt.groups(x.numel()), x.numel())
+    by = x if scale is None else scale.contiguous()
+    to = by if shift is None else shift.contiguous()
+    arguments = (x, seed.contiguous(), salt, words, low, high, to, by, first, groups, numel)
+    chosen = encode_constants(fmt, numel % fmt.group != 0, tile, units)
     with on_device(x):
-        kernel[(programs,)](*arguments, **encode_constants(fmt, x.numel(), tile), num_warps=tile.warps, **EXACT)
+        kernel[(programs,)](*arguments, **chosen, num_warps=tile.warps, **EXACT)
         quantize_again_kernel[(programs,)](
-            *arguments, **again_constants(fmt, encode_map(fmt), tile), num_warps=tile.warps, **EXACT
+            *arguments, **again_constants(fmt, tile, units), num_warps=tile.warps, **EXACT
         )
 
 
-def quantize_triton(x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_triton(
+    x: Tensor, seed: Tensor, salt: int, fmt: BlockFormat, shift: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize` as two launches; shapes and errors as there."""
     flat = x.contiguous().view(-1)
     groups = fmt.groups(flat.numel())
     words = torch.empty((groups, fmt.words), dtype=torch.int32, device=x.device)
     low = torch.empty((groups, fmt.blocks_per_group), dtype=fmt.metadata, device=x.device)
     high = torch.empty_like(low)
-    quantize_into(flat, seed, salt, fmt, words, low, high)
+    quantize_into(
+        flat, seed, salt, fmt, words, low, high, shift=shift, scale=scale, columns=x.shape[-1] if x.dim() else 1
+    )
     return words.view(torch.float32), low, high
-
-
-def dequantize_into(
-    words: Tensor, low: Tensor, high: Tensor, x: Tensor, fmt: BlockFormat, first: int = 0, tile: Tile | None = None
-) -> None:
-    """Decodes `words` (int32), `low` and `high` from group `first` on into the flat, contiguous `x`."""
-    tile = tile or decode_tile(fmt, x.element_size())
-    programs = tile.programs(fmt.groups(x.numel()) - first)
-    if programs == 0:
-        return
-    grid = (programs, triton.cdiv(fmt.words, tile.width))
-    arguments = (words, low, high, x, first, fmt.groups(x.numel()), x.numel())
-    with on_device(x):
-        dequantize_kernel[grid](
-            *arguments, **constants(fmt, x.numel(), decode_map(fmt), tile), num_warps=tile.warps, **EXACT
-        )
-        dequantize_again_kernel[grid](
-            *arguments, **again_constants(fmt, decode_map(fmt), tile), num_warps=tile.warps, **EXACT
-        )
-
-
-def dequantize_triton(
-    words: Tensor, low: Tensor, high: Tensor, size: Sequence[int], dtype: torch.dtype, fmt: BlockFormat
-) -> Tensor:
-    """`dequantize` as two launches; shapes and errors as there."""
-    x = torch.empty(list(size), dtype=dtype, device=words.device)
-    packed = words.contiguous().view(torch.int32)
-    dequantize_into(packed, low.contiguous(), high.contiguous(), x.view(-1), fmt)
-    return x

@@ -9,11 +9,15 @@ all tiles but the last run without masks. Offsets are 64 bit up to the start of 
 
 import contextlib
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .format import BlockFormat
 
 THREADS = 32  # per warp
 LOAD = 16  # bytes that one instruction of one thread loads at most
@@ -30,9 +34,42 @@ class Tile:
     warps: int
 
     def programs(self, groups: int) -> int:
-        return triton.cdiv(groups, self.groups)
+        return -(-groups // self.groups)
 
 
+@dataclass(frozen=True)
+class Units:
+    """How elements are standardised: of so many columns, 0 for not at all, with a shift or without."""
+
+    columns: int = 0
+    shifted: bool = False
+
+    @staticmethod
+    def of(shift: Tensor | None, scale: Tensor | None, columns: int) -> "Units":
+        return NONE if scale is None else Units(columns, shift is not None)
+
+
+NONE = Units()
+
+
+def constants(fmt: BlockFormat, mapping: tuple, tile: Tile, units: Units) -> dict[str, Any]:
+    """The compile-time arguments of all kernels of a format; `mapping` is an `encode_map` or `decode_map`."""
+    slope, terms = mapping
+    return {
+        "BITS": fmt.bits,
+        "BLOCK": fmt.block,
+        "WORDS": fmt.words,
+        "GROUP": fmt.group,
+        "SLOPE": slope,
+        "TERMS": terms,
+        "GROUPS": tile.groups,
+        "W": tile.width,
+        "COLUMNS": units.columns,
+        "SHIFTED": units.shifted,
+    }
+
+
+@lru_cache(maxsize=1024)
 def tile_for(words: int, lanes: int) -> Tile:
     """The tile for groups of `words` words, of which each thread holds `lanes` neighbours, or all of them."""
     width = min(triton.next_power_of_2(words), LONGEST)

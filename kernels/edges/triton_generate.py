@@ -1,9 +1,9 @@
 """Triton of one output of a program over edges: nodes in parallel, no atomics, and the same sums every time.
 
 One program of the launch takes `BN` nodes by `BE` of their edges by `BH` heads by `BC` columns: a tile of
-(BN * BE, BH, BC), whose first axis are *lanes*. It goes over its nodes' edges, `BE` at a time. A lane keeps what it
-adds up to itself; lanes of a node are added up at the end. Values of a level without heads, or without columns, have a
-1 there, so what is the same for all columns is read and computed once.
+(BN * BE, BH, BC), whose first axis are *lanes*. It goes over its nodes' edges, `BE` at a time, whose lanes are added up
+each time: as a rule one thread has them all, and keeps one sum instead of `BE`. Values of a level without heads, or
+without columns, have a 1 there, so what is the same for all columns is read and computed once.
 
 A node with more than `split` edges is left out, and done in pieces by a second launch of the same code (`PIECES`);
 `triton_run` has the rest. Offsets of rows are 64 bit. Products and sums may not be contracted: a maximum is compared
@@ -87,7 +87,7 @@ class _Source:
                 row = "" if operand.where == "all" else f" + i * {WIDTH[operand.level]}"
                 lines.append(f"o{i}_ = {self._load(i, row, '')}")
         if self.output.kind in REDUCTIONS:
-            lines.append(f"a = tl.full((BN * BE, BH, BC), {START[self.output.kind]}, {self.type})")
+            lines.append(f"a = tl.full((BN, BH, BC), {START[self.output.kind]}, {self.type})")
         return lines
 
     def _edge(self) -> list[str]:
@@ -108,7 +108,8 @@ class _Source:
     def _written(self) -> list[str]:
         output, value = self.output, self._value(self.output.value, self.output.dtype in ("bool", "bits"))
         if output.kind in REDUCTIONS:
-            new = f"tl.where(live, {value}, {START[output.kind]})"
+            every = f"tl.broadcast_to(tl.where(live, {value}, {START[output.kind]}), (BN * BE, BH, BC))"
+            new = f'over_lanes({every}, "{output.kind}", BN, BE, BH, BC)'
             return [f"a = {FOLD[output.kind].format('a', new)}"]
         target, mask = f"out + e * {WIDTH[output.level]}{PLACE[output.level]}", _mask(output.level, "live")
         if output.kind == "dot":
@@ -130,7 +131,6 @@ class _Source:
         width = WIDTH[output.level]
         return [
             "row, stored, empty = rows(pointer, nodes, edges, split, PIECES, BN)",
-            f'a = over_lanes(a, "{output.kind}", BN, BE, BH, BC)',
             *(["a = tl.where(empty[:, None, None], 0.0, a)"] if output.kind != "sum" else []),
             f"tl.store(out + row[:, None, None] * {width}{PLACE[output.level]}, a.to(out.dtype.element_ty), "
             f"mask={_mask(output.level, 'stored[:, None, None]')})",

@@ -17,8 +17,9 @@ from torch import Tensor
 from actcompile.kernels import BlockFormat, bit_words
 from actcompile.kernels.bits.lossless import pack_bits_reference
 from actcompile.kernels.bits.triton_lossless import pack_bits_triton, pack_into, unpack_bits_triton, unpack_into
-from actcompile.kernels.blocks.quantize import dequantize_reference, quantize_reference
-from actcompile.kernels.blocks.triton_quantize import dequantize_into, dequantize_triton, quantize_into, quantize_triton
+from actcompile.kernels.blocks.quantize import dequantize_reference, quantize_reference, standardised
+from actcompile.kernels.blocks.triton_dequantize import dequantize_into, dequantize_triton
+from actcompile.kernels.blocks.triton_quantize import quantize_into, quantize_triton
 from actcompile.kernels.blocks.triton_tile import WARPS, Tile
 from tests.strategies import (
     FLOATS,
@@ -120,6 +121,40 @@ def test_dequantize(case):
     arguments = between(words.view(torch.int32), -1), between(low, float("nan")), between(high, float("nan"))
     dequantize_into(*arguments, out.tensor, fmt, tile=tile)
     assert_same_bits(out.check(), dequantize_reference(words, low, high, [x.numel()], dtype, fmt))
+
+
+@st.composite
+def units(draw, columns: int) -> tuple[Tensor | None, Tensor]:
+    """A shift, or none, and a scale of so many columns; some of them can't be undone."""
+    generator = torch.Generator().manual_seed(draw(seeds))
+    shift, scale = torch.randn(2, columns, generator=generator) * draw(st.sampled_from((1e-3, 1.0, 1e4, 1e30)))
+    for row in (shift, scale):
+        if draw(st.booleans()):
+            row[draw(st.integers(0, columns - 1))] = draw(st.sampled_from((float("nan"), float("inf"), 0.0, 1e-40)))
+    return draw(st.sampled_from((shift, None))), scale
+
+
+@given(cases(), st.integers(1, 70), st.data())
+@few
+def test_standardised_columns(case, columns, data):
+    x, fmt, tile, seed, salt = case
+    x = x[: x.numel() // columns * columns].view(-1, columns)
+    shift, scale = data.draw(units(columns))
+    groups = fmt.groups(x.numel())
+    words = Poisoned((groups, fmt.words), torch.int32)
+    low, high = (Poisoned((groups, fmt.blocks_per_group), fmt.metadata) for _ in range(2))
+    by = between(scale, float("nan"))
+    to = None if shift is None else between(shift, float("nan"))
+    by_column = {"shift": to, "scale": by, "columns": columns}
+    given_x = between(x, float("nan")).view(-1)
+    quantize_into(given_x, seed_rows(seed), salt, fmt, words.tensor, low.tensor, high.tensor, tile=tile, **by_column)
+    ours = words.check().view(torch.float32), low.check(), high.check()
+    assert_same_encoding(ours, quantize_reference(standardised(x, shift, scale), seed_rows(seed), salt, fmt))
+    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    out = Poisoned((x.numel(),), dtype)
+    dequantize_into(words.tensor, low.tensor, high.tensor, out.tensor, fmt, tile=tile, **by_column)
+    expected = dequantize_reference(*ours, list(x.shape), dtype, fmt, shift, scale)
+    assert_same_bits(out.check(), expected.view(-1))
 
 
 @given(st.integers(1, 20), st.data())

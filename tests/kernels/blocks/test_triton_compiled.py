@@ -75,6 +75,17 @@ def test_dequantize(fmt, dtype, arch):
         assert "cvt.rn.bf16" in code.ptx, "rounded to nearest even, as torch does"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [256, 100])
+def test_standardised_columns_are_read_as_widely_as_elements(columns, dtype):
+    encode = sass.quantize_code(FITTED, dtype, 90, columns=columns)
+    decode = sass.dequantize_code(DEFAULT, dtype, 90, columns=columns)
+    check(encode, 248)
+    check(decode, 64)
+    assert encode.widths("LDG")[4] == SEED_LOADS and max(decode.widths("LDG")) == 16
+    assert set(decode.widths("STG")) == {16}
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_bits(arch):
     pack, unpack = sass.bits_code("pack_bits", 16, arch), sass.bits_code("unpack_bits", 16, arch)
@@ -106,14 +117,14 @@ def test_what_is_done_again_does_not_spill(op, fmt, arch):
 
 def test_scalars_of_every_kernel_have_the_types_that_far_offsets_need():
     from actcompile.kernels.bits import triton_lossless
-    from actcompile.kernels.blocks import triton_quantize
+    from actcompile.kernels.blocks import triton_dequantize, triton_quantize
 
     for kernel in (
         triton_quantize.quantize_kernel,
         triton_quantize.quantize_long_kernel,
-        triton_quantize.dequantize_kernel,
+        triton_dequantize.dequantize_kernel,
         triton_quantize.quantize_again_kernel,
-        triton_quantize.dequantize_again_kernel,
+        triton_dequantize.dequantize_again_kernel,
         triton_lossless.pack_kernel,
         triton_lossless.unpack_kernel,
     ):

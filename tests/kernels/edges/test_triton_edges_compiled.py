@@ -72,11 +72,11 @@ def test_kernels(name, pieces, arch):
 def test_a_kernel_can_be_launched_twice():
     """From the second launch on Triton compares the globals of a kernel with what they were, and NaN is never that."""
     from actcompile.kernels.bits import triton_lossless
-    from actcompile.kernels.blocks import triton_quantize
+    from actcompile.kernels.blocks import triton_dequantize, triton_quantize
     from actcompile.kernels.edges import triton_lanes, triton_run
 
     kernels = [triton_run.kernel(program.dump(), 0) for program, *_ in PROGRAMS.values()]
-    for module in (triton_lanes, triton_quantize, triton_lossless):
+    for module in (triton_lanes, triton_quantize, triton_dequantize, triton_lossless):
         kernels += [f for name, f in vars(module).items() if name.endswith("_kernel")]
     for kernel in kernels:
         assert kernel.cache_key  # it looks for them
