@@ -41,6 +41,7 @@ from actcompile.passes.spare.rebuild import rebuild
 from actcompile.passes.spare.replay import Replayed, replay
 from actcompile.passes.spare.views import views
 from actcompile.passes.write.accumulate import accumulate
+from actcompile.passes.write.arrange import arrange
 from actcompile.passes.write.late import late
 from actcompile.passes.write.merge import merge
 from actcompile.passes.write.own import own
@@ -331,6 +332,7 @@ def write(split: Split, plan: Plan, saved_by_torch: Sequence[SavedActivation]) -
         merge(module.graph, inputs)
         own(module.graph, results)
         accumulate(module.graph)
+        arrange(module.graph)
         module.recompile()
 
 

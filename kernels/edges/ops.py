@@ -26,6 +26,7 @@ _lock = Lock()
 ALONE = 1 << 15  # elements that one thread works on sooner than others are woken
 # A CUDA graph that is replayed calls nothing in Python: it would read the grouping of the edges that it was made with.
 REMEMBERING = (torch.Tag.cudagraph_unsafe,)
+ARRANGED = -2  # instead of the row of an index: it is one that `arrange_edges` returned
 Run = Callable[[Grouping, list[Tensor], list[Tensor], list[Tensor], int, int, int, int], None]
 
 
@@ -49,7 +50,7 @@ def edges(
         by, by_row: the node that edges are grouped by, (edges,), or that row of a tensor of (2, edges).
         nodes: the number of nodes, of results for each node.
         heads, columns: the sizes of the axes.
-        indices, rows: the nodes at the other ends, likewise.
+        indices, rows: the nodes at the other ends, likewise; or `ARRANGED`, what `arrange_edges` returned.
         operands: what rows are read of.
         grouped: the grouping by `by`, as `group_edges` returns it; or none: it is looked up, and made and remembered
             for as long as the tensor `by` lives. That is for tensors that live on, as inputs of a model do.
@@ -154,6 +155,29 @@ def _(by, by_row, nodes):
     return by.new_empty(nodes + 1, dtype=torch.int32), by.new_empty(by.shape[-1], dtype=torch.int32)
 
 
+@op("arrange_edges")
+def arrange_edges(index: Tensor, row: int, nodes: int, order: Tensor) -> Tensor:
+    """The nodes at the other ends of edges, in the order that edges were grouped in.
+
+    Args:
+        index, row: the nodes, (edges,), or that row of a tensor of (2, edges).
+        nodes: the number of nodes that an index may name.
+        order: as `group_edges` returns it.
+
+    Returns:
+        int32, (edges,).
+
+    Raises:
+        IndexError: an index names a node that there isn't.
+    """
+    return Grouping(order, order).arrange(index, row, nodes, remember=False)
+
+
+@arrange_edges.register_fake
+def _(index, row, nodes, order):
+    return index.new_empty(index.shape[-1], dtype=torch.int32)
+
+
 def compiled(text: str, heads: int, columns: int) -> ctypes.CDLL | None:
     """The library of a program's kernel for these sizes of its axes; None where it can't be compiled."""
     return _begun(text, heads, columns).result()
@@ -194,11 +218,14 @@ def _run(
     count = by.shape[-1]
     run = kernel_for(by.device, text, heads, columns) if max(count, nodes) < MOST else None
     if run is None:
-        others = [row_of(*pair) for pair in zip(indices, rows, strict=True)]
+        others = [
+            index.new_empty(count).index_copy(0, grouped[1].long(), index) if row == ARRANGED else row_of(index, row)
+            for index, row in zip(indices, rows, strict=True)
+        ]
         return run_reference(program, operands, row_of(by, by_row), others, nodes, heads, columns)
     remember, sort = not grouped and not by.is_inference(), _sort(by, by_row, nodes, grouped)
     others = [
-        sort.arrange(index, row, _taken(program, j, operands), remember)
+        index if row == ARRANGED else sort.arrange(index, row, _taken(program, j, operands), remember)
         for j, (index, row) in enumerate(zip(indices, rows, strict=True))
     ]
     results = [

@@ -126,7 +126,7 @@ class Counted:
             yield (reduction.index.tensor, -1), (reduction.value, 0)
         elif node.target is ops.aggregate.default:
             matrix, weight, other, row, by, by_row, *_ = args
-            self._index(Index(other, row), matrix)
+            self._index(Index(other, max(row, -1)), matrix)
             self._index(Index(by, by_row), node)
             yield (by, -1), (other, -1)
             if weight is not None:
@@ -135,7 +135,8 @@ class Counted:
             self._index(Index(*args[:2]), node)
         elif node.target is ops.edges.default:
             text, by, row, nodes, _, _, indices, rows, operands, grouped = args
-            ends = [Index(*pair) for pair in zip((*indices, by), (*rows, row), strict=True)]  # the last one is -1, too
+            numbers = [max(r, -1) for r in (*rows, row)]  # arranged indices have one row, too
+            ends = [Index(*pair) for pair in zip((*indices, by), numbers, strict=True)]  # the last one is -1, too
             number = nodes.meta["val"] if isinstance(nodes, fx.Node) else nodes
             self.indices.setdefault(self._in_forward(ends[-1]), []).append(number)
             for operand, tensor in zip(parse(text).operands, operands, strict=True):
@@ -153,6 +154,8 @@ class Counted:
                 yield (by, -1), (node, 0)
         elif node.target is operator.getitem and _maker(node).target is ops.group_edges.default and args[1] == 1:
             yield (_maker(node).args[0], -1), (node, 0)
+        elif node.target is ops.arrange_edges.default:
+            yield (args[0], -1), (node, 0)
 
     def _index(self, index: Index, into: fx.Node) -> None:
         self.indices.setdefault(self._in_forward(index), []).append(into.meta["val"].shape[0])
@@ -186,7 +189,7 @@ class _Why:
             return "the gradient of an input or a parameter"
         if made_by.target in DECODING:
             return "a saved activation, decoded"
-        if made_by.target is ops.group_edges.default:
+        if made_by.target in (ops.group_edges.default, ops.arrange_edges.default):
             return "the edges in the order of nodes, for fused message passing"
         if made_by.target is ops.edges.default and _is_list(node):
             return "where a comparison holds, for backward"
