@@ -37,6 +37,7 @@ from .policy import Policy
 # Elements to average over, from which rounding to 4 bits, or to 2, biases by less than 0.3 %: a block of normal values
 # has a variance of 0.017, or 0.4, of their own.
 FEW, MANY = 8, 1024
+LINE = 128  # bytes that a GPU reads and writes at once: as many neighbours of a mask travel together
 MOST_HEADS = 16  # of attention, in which each has one number to a row
 
 
@@ -151,7 +152,8 @@ def choose(a: SavedActivation, dependence: Dependence | None, policy: Policy) ->
     if is_constant(a.node):
         return Recompute(), "a constant: made anew in backward"
     if value.dtype is torch.bool:
-        return PackBits(plane_width(row_width(a), 32, 32 * LANES)), "a mask: exact in one bit"
+        on_cpu = value.device.type == "cpu"
+        return PackBits(plane_width(row_width(a), 32, 32 * LANES) if on_cpu else LINE), "a mask: exact in one bit"
     if not value.is_floating_point():
         return _integer(a)
     if policy.exact is not None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from actcompile.kernels import BlockFormat
+from actcompile.passes.plan.plan import LINE
 from bench import sass
 from tests.helpers import quickly
 
@@ -86,9 +87,10 @@ def test_standardised_columns_are_read_as_widely_as_elements(columns, dtype):
     assert set(decode.widths("STG")) == {16}
 
 
+@pytest.mark.parametrize("words", [16, LINE])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_bits(arch):
-    pack, unpack = sass.bits_code("pack_bits", 16, arch), sass.bits_code("unpack_bits", 16, arch)
+def test_bits(arch, words):
+    pack, unpack = sass.bits_code("pack_bits", words, arch), sass.bits_code("unpack_bits", words, arch)
     check(pack, 255)
     check(unpack, 64)
     assert pack.widths("LDG") == {16: 32}
