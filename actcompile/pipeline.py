@@ -38,6 +38,7 @@ from actcompile.passes.spare.masks import masks
 from actcompile.passes.spare.narrow import narrow
 from actcompile.passes.spare.reals import reals
 from actcompile.passes.spare.rebuild import rebuild
+from actcompile.passes.spare.renormalise import renormalise
 from actcompile.passes.spare.replay import Replayed, replay
 from actcompile.passes.spare.views import views
 from actcompile.passes.write.accumulate import accumulate
@@ -312,6 +313,8 @@ def decide(split: Split, policy: Policy, config: Config, share: float) -> tuple[
     spared += redraw(split, [a for a in find(split) if a.refusal is None and kind(a.node).compresses(a)])
     saved_apart = apart(split, [a for a in wanted() if kind(a.node).method is None], kind)
     spared = [s for s in spared if s.activation.node not in saved_apart]
+    if config.rebuild:
+        spared += renormalise(split, [a for a in wanted() if kind(a.node).bits is not None], dependences())
     offer(split, [a for a in wanted() if kind(a.node).standardise])
     return plan(find(split), dependences(), policy), spared
 

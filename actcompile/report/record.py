@@ -23,6 +23,7 @@ from actcompile.passes.plan.plan import Choice, Plan, is_constant
 from actcompile.passes.spare.commute import Commuted
 from actcompile.passes.spare.dropout import Redrawn, is_of_dropout, is_seed
 from actcompile.passes.spare.rebuild import Rebuilt
+from actcompile.passes.spare.renormalise import Renormalised
 from actcompile.passes.spare.replay import Replayed
 from actcompile.passes.spare.views import Viewed
 
@@ -30,7 +31,7 @@ from ..config import Config
 from ..tracing.call import Situation
 from .data import EdgeRow, GraphNode, GraphReport, Memory, MemoryRow, Outlook, Row
 
-Spared = Commuted | Rebuilt | Redrawn | Replayed | Viewed
+Spared = Commuted | Rebuilt | Redrawn | Renormalised | Replayed | Viewed
 """An activation that backward does without, and why."""
 
 

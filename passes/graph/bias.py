@@ -40,6 +40,7 @@ from . import _torch
 from .bodies import BODY, operands_of
 from .linearity import Polynomial, Term, rule_for
 from .signs import never_negative
+from .split import is_view
 
 STEEP = {"div": "other", "reciprocal": "self", "rsqrt": "self", "sqrt": "self", "pow": "self"}  # op -> argument
 STEEP |= {"log": "self", "log2": "self", "log10": "self"}
@@ -107,6 +108,10 @@ class Form:
         return Form(self.shares, relative=self.relative)
 
 
+FAR_FROM_ZERO = "actcompile_far_from_zero"
+"""In the meta of a node of backward: its elements are far from zero, whatever is rounded; those that are read."""
+MOVES = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, torch.ops.aten.clone.default)
+
 Forms = dict[fx.Node, Form]
 """By source; absent where a value does not depend on it."""
 
@@ -168,6 +173,7 @@ class _Propagation:
         self.graph = graph
         self.values: dict[fx.Node, Forms | list[Forms]] = {source: {source: Form()} for source in sources}
         self.sources = sources
+        self.away = {node for node in graph.nodes if FAR_FROM_ZERO in node.meta}
 
     def run(self) -> dict[fx.Node, Dependence]:
         seen: list[Forms] = []  # by whoever runs the graph: outputs, and effects
@@ -176,6 +182,7 @@ class _Propagation:
                 seen.append(self.of(node.args))
             elif node.op != "placeholder" and node not in self.values:
                 self.values[node] = self.call(node)
+                self.move(node)
                 if _has_effect(node):
                     seen.append(self.unknown(node, self.of((node.args, node.kwargs))))
         forms = self.join(seen)
@@ -213,10 +220,18 @@ class _Propagation:
         inputs = body.find_nodes(op="placeholder")
         for inner, given in zip(inputs, operands_of(node), strict=False):
             self.values[inner] = self.of(given)
+            if given in self.away:
+                self.away.add(inner)
         for inner in body.nodes:
             if inner.op == "call_function":
                 self.values[inner] = self.call(inner)
+                self.move(inner)
         return self.of(body.output_node().args[0])
+
+    def move(self, node: fx.Node) -> None:
+        """Notes that elements of what is far from zero are, wherever an op puts them."""
+        if node.args and node.args[0] in self.away and (is_view(node) or node.target in MOVES):
+            self.away.add(node)
 
     def apply(self, node: fx.Node, output: Polynomial, bound: Mapping[str, Any], value: Any) -> Forms:
         """The forms of one output of a call with the arguments `bound`, by name."""
@@ -239,9 +254,8 @@ class _Propagation:
             result[source] = form
         return result
 
-    @staticmethod
     def form(
-        node: fx.Node, output: Polynomial, bound: Mapping[str, Any], value: Any, given: Mapping[str, Form]
+        self, node: fx.Node, output: Polynomial, bound: Mapping[str, Any], value: Any, given: Mapping[str, Form]
     ) -> Form:
         """The form by one source of one output of a call, by the forms of its arguments, none of them biased."""
         form = _joined(_moved(given[name], *place) for name in given for place in _places(output, name, bound, value))
@@ -249,7 +263,7 @@ class _Propagation:
             if other in output.named or _is_pointwise(node):
                 over = min(a.meets(b) for a in given[one].shares for b in given[other].shares)
                 single = any(share.summed == 1 for share in given[other].shares)
-                steep = single and _is_steep(node, bound.get(other))
+                steep = single and bound.get(other) not in self.away and _is_steep(node, bound.get(other))
                 form = form.biased((0.0 if given[other].relative else -1.0) if steep else over, node)
             else:
                 form = form.unknown(node)
