@@ -108,8 +108,8 @@ class Form:
         return Form(self.shares, relative=self.relative)
 
 
-FAR_FROM_ZERO = "actcompile_far_from_zero"
-"""In the meta of a node of backward: its elements are far from zero, whatever is rounded; those that are read."""
+STABLE = "actcompile_stable"
+"""In the meta of a node of backward: of its elements that are read, rounding moves none by much of itself."""
 MOVES = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, torch.ops.aten.clone.default)
 
 Forms = dict[fx.Node, Form]
@@ -173,7 +173,7 @@ class _Propagation:
         self.graph = graph
         self.values: dict[fx.Node, Forms | list[Forms]] = {source: {source: Form()} for source in sources}
         self.sources = sources
-        self.away = {node for node in graph.nodes if FAR_FROM_ZERO in node.meta}
+        self.stable = {node for node in graph.nodes if STABLE in node.meta}
 
     def run(self) -> dict[fx.Node, Dependence]:
         seen: list[Forms] = []  # by whoever runs the graph: outputs, and effects
@@ -220,8 +220,8 @@ class _Propagation:
         inputs = body.find_nodes(op="placeholder")
         for inner, given in zip(inputs, operands_of(node), strict=False):
             self.values[inner] = self.of(given)
-            if given in self.away:
-                self.away.add(inner)
+            if given in self.stable:
+                self.stable.add(inner)
         for inner in body.nodes:
             if inner.op == "call_function":
                 self.values[inner] = self.call(inner)
@@ -229,9 +229,9 @@ class _Propagation:
         return self.of(body.output_node().args[0])
 
     def move(self, node: fx.Node) -> None:
-        """Notes that elements of what is far from zero are, wherever an op puts them."""
-        if node.args and node.args[0] in self.away and (is_view(node) or node.target in MOVES):
-            self.away.add(node)
+        """Notes that elements of what is stable are, wherever an op puts them."""
+        if node.args and node.args[0] in self.stable and (is_view(node) or node.target in MOVES):
+            self.stable.add(node)
 
     def apply(self, node: fx.Node, output: Polynomial, bound: Mapping[str, Any], value: Any) -> Forms:
         """The forms of one output of a call with the arguments `bound`, by name."""
@@ -263,7 +263,7 @@ class _Propagation:
             if other in output.named or _is_pointwise(node):
                 over = min(a.meets(b) for a in given[one].shares for b in given[other].shares)
                 single = any(share.summed == 1 for share in given[other].shares)
-                steep = single and bound.get(other) not in self.away and _is_steep(node, bound.get(other))
+                steep = single and bound.get(other) not in self.stable and _is_steep(node, bound.get(other))
                 form = form.biased((0.0 if given[other].relative else -1.0) if steep else over, node)
             else:
                 form = form.unknown(node)

@@ -22,9 +22,9 @@ from torch import fx
 from actcompile.kernels.edges.program import parse
 
 from ..graph import _torch
-from ..graph.bias import FAR_FROM_ZERO, Dependence
+from ..graph.bias import STABLE, Dependence
 from ..graph.find import SavedActivation
-from ..graph.split import Split, call, is_input, is_tensor, is_view
+from ..graph.split import Split, call, is_input, is_tensor, is_view, writes
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 FEW = 16  # numbers of a node or of an edge, those of heads, that are added up again
@@ -79,7 +79,8 @@ def _is_sum_of_few(node: fx.Node) -> bool:
     program = parse(node.args[0])  # type: ignore[arg-type]
     (output, *more), operands = program.outputs, node.args[8]
     few = all(_width(tensor) <= FEW for tensor in operands)  # type: ignore[union-attr, arg-type]
-    return output.kind == "sum" and not more and few and any(step.op == "exp" for step in program.steps)
+    made_by = {f"v{i}": step.op for i, step in enumerate(program.steps)}.get(output.value)
+    return output.kind == "sum" and not more and few and made_by == "exp"
 
 
 def _width(node: fx.Node) -> int:
@@ -100,7 +101,7 @@ class _Copy:
         program, by, row, nodes, heads, columns, indices, rows, operands, grouped = sums.args
         size = nodes.meta["val"] if isinstance(nodes, fx.Node) else nodes
         needed: list[Any] = [by, *indices, *operands]  # type: ignore[misc]
-        if not all(n in self.here or is_input(n) or _is_number(n) for n in needed) or not self.split.knows(size):
+        if not all(n in self.here or _is_alive(n) or _is_number(n) for n in needed) or not self.split.knows(size):
             return False
         graph = self.split.backward.graph
         with graph.inserting_before(min(self.old.users)):
@@ -119,15 +120,14 @@ class _Copy:
         for copy in copies:
             copy.meta["rebuilds"] = self.activation.node.name
         result.meta["val"] = self.old.meta["val"]
-        result.meta[FAR_FROM_ZERO] = (
-            True  # where a node has edges, one of its scores is the largest: its term is about 1
-        )
+        # Rounding a score moves its term by a share, however small that is, and no term is negative: so with the sum.
+        result.meta[STABLE] = True
         self.old.replace_all_uses_with(result)
         self.split.drop(self.old)
         return True
 
     def _in_backward(self, node: fx.Node) -> fx.Node:
-        if node not in self.here and is_input(node):  # alive anyway
+        if node not in self.here and is_input(node):
             self.here[node] = self.split.save(node, f"{node.name}_alive")
         elif node not in self.here:
             inputs = {n: self._in_backward(n) for n in node.all_input_nodes}
@@ -147,7 +147,8 @@ class _Copy:
             None,
         )
         if both is not None and both < before:
-            return sorted(both.users, key=lambda part: part.args[1])  # type: ignore[arg-type, return-value]
+            known = {part.args[1]: part for part in both.users}
+            return [known[0], known[1]]
         made = call(graph, ops.group_edges.default, by, row, nodes, like=self.old)
         parts = [call(graph, operator.getitem, made, i, like=self.old) for i in range(2)]
         for part in list(both.users) if both is not None else ():
@@ -158,10 +159,15 @@ class _Copy:
         return parts
 
 
+def _is_alive(node: fx.Node) -> bool:
+    """Whether a node is an input that backward finds as forward did."""
+    return is_input(node) and not any(map(writes, node.users))
+
+
 def _is_number(node: fx.Node) -> bool:
     """Whether a node makes one number of inputs, or of nothing."""
     one = node.op == "call_function" and is_tensor(node) and node.meta["val"].dim() == 0
-    return one and all(is_input(n) or _is_number(n) for n in node.all_input_nodes)
+    return one and all(_is_alive(n) or _is_number(n) for n in node.all_input_nodes)
 
 
 def _value(size: Any) -> Any:
