@@ -15,13 +15,21 @@ def load_cpp(source: str) -> ctypes.CDLL:
     """Compiles C++ with the flags that Inductor found for this machine, and loads it; kept on disk by its text.
 
     `torch.utils.cpp_extension` is public, but includes torch's headers, which takes half a minute, and needs ninja.
+    A process that is killed while its compiler writes leaves a file that nobody could load; it is made anew.
 
     Raises:
         RuntimeError, OSError: there is no C++ compiler, it fails, or what it made can't be loaded.
     """
     from torch._inductor.codecache import CppCodeCache
 
-    library = CppCodeCache.load(source, extra_flags=FLAGS)
+    try:
+        library = CppCodeCache.load(source, extra_flags=FLAGS)
+    except OSError as error:
+        broken = Path(str(error).partition(": ")[0])
+        if broken.suffix != ".so" or not broken.is_file():
+            raise
+        broken.unlink(missing_ok=True)
+        library = CppCodeCache.load(source, extra_flags=FLAGS)
     assert isinstance(library, ctypes.CDLL)
     return library
 
