@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..op import op
 from .matrix import check_float, flat_chunks, largest_finite, power_of_two
 
 FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -22,7 +23,7 @@ def fp8_nbytes(numel):
     return numel + 4
 
 
-@torch.library.custom_op("actcompile::cast_fp8", mutates_args=())
+@op("cast_fp8")
 def cast_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Casts `x`, scaled, to an 8-bit float. Biased.
 
@@ -60,7 +61,7 @@ def _empty(x, dtype):
     return found, x.new_empty(1, dtype=torch.float32)
 
 
-@torch.library.custom_op("actcompile::restore_fp8", mutates_args=())
+@op("restore_fp8")
 def restore_fp8(bytes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Casts what `cast_fp8` returned to `dtype`, contiguous; no finite element becomes infinite."""
     dense = bytes.contiguous()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..op import op
 from .matrix import as_matrix, check_at_most_columns, check_float, largest_finite, matrix_size, power_of_two, row_chunks
 
 
@@ -38,7 +39,7 @@ def _sizes(x: Tensor, rank: int):
     return rows, columns
 
 
-@torch.library.custom_op("actcompile::low_rank", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@op("low_rank", (torch.Tag.cudagraph_unsafe,))
 def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Projects the rows of `x` onto its first `rank` right singular vectors. Biased.
 
@@ -72,7 +73,7 @@ def _(x, rank):
     return x.new_empty(rows, rank), x.new_empty(columns, rank)
 
 
-@torch.library.custom_op("actcompile::restore_low_rank", mutates_args=())
+@op("restore_low_rank")
 def restore_low_rank(coefficients: Tensor, basis: Tensor, size: Sequence[int]) -> Tensor:
     """Multiplies what `low_rank` returned into a contiguous tensor of shape `size`."""
     return (coefficients @ basis.t()).reshape(list(size))

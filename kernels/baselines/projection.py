@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..blocks.random_bits import random_words
+from ..op import op
 
 
 def projection_nbytes(rows, columns: int, dtype: torch.dtype):
@@ -28,7 +29,7 @@ def rademacher_aten(seed: Tensor, salt: int, rows: int, columns: int, dtype: tor
     return signed.view(-1)[:numel].view(rows, columns)
 
 
-@torch.library.custom_op("actcompile::rademacher", mutates_args=())
+@op("rademacher")
 def rademacher(seed: Tensor, salt: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Independent random signs times `1 / sqrt(columns)`: `P` with `E[P @ P.T] = I`, so a projection is unbiased.
 

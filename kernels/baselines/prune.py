@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..op import op
 from .matrix import as_matrix, check_at_most_columns, check_float, matrix_size, row_chunks
 
 
@@ -44,7 +45,7 @@ def _largest(x: Tensor, kept: int) -> Tensor:
     return columns - 1 - (keys.topk(kept, dim=1).values & ((1 << shift) - 1)).long()
 
 
-@torch.library.custom_op("actcompile::prune", mutates_args=())
+@op("prune")
 def prune(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Keeps the `kept` largest magnitudes of each row, of equal ones those of lower column. Biased.
 
@@ -76,7 +77,7 @@ def _empty(x, kept):
     return x.new_empty(rows, kept), x.new_empty(rows, kept, dtype=column_dtype(columns))
 
 
-@torch.library.custom_op("actcompile::restore_pruned", mutates_args=())
+@op("restore_pruned")
 def restore_pruned(values: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
     """Spreads what `prune` returned over a contiguous tensor of shape `size`, zero elsewhere."""
     x = values.new_zeros(matrix_size(size))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..blocks.random_bits import random_words
+from ..op import op
 from .matrix import as_matrix, check_float, matrix_size, row_chunks
 
 MOST_ROWS = 2**31
@@ -82,7 +83,7 @@ def _sizes(x: Tensor, ratio: int):
     return rows, sampled(rows, ratio), columns
 
 
-@torch.library.custom_op("actcompile::sample_rows", mutates_args=())
+@op("sample_rows")
 def sample_rows(x: Tensor, seed: Tensor, salt: int, ratio: int) -> tuple[Tensor, Tensor]:
     """Keeps one of `ratio` rows, weighted so that the mean is `x`. Unbiased up to the rounding of a weighted row.
 
@@ -119,7 +120,7 @@ def _(x, seed, salt, ratio):
     return x.new_empty(k, columns), x.new_empty(k, dtype=torch.int32)
 
 
-@torch.library.custom_op("actcompile::restore_rows", mutates_args=())
+@op("restore_rows")
 def restore_rows(rows: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
     """Adds the rows that `sample_rows` returned to a contiguous tensor of zeros of shape `size`."""
     return rows.new_zeros(matrix_size(size)).index_add_(0, index, rows).view(list(size))

@@ -59,7 +59,7 @@ def edges(
         for each output of the program (nodes, width), (edges, width), (1, width), or (inner axis, width).
 
     Raises:
-        IndexError: an index names a node that there isn't.
+        IndexError: an index names a node that there isn't. On CUDA the device finds it in `indices`.
     """
     return _run(parse(program), program, by, by_row, nodes, heads, columns, indices, rows, operands, grouped)
 

@@ -18,7 +18,7 @@ from math import isfinite
 from .program import COMPARING, OPS, REDUCTIONS, Program, parse
 
 START = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
-FOLD = {"sum": "{0} + {1}", "max": "larger({0}, {1})", "min": "smaller({0}, {1})"}
+FOLD = {"sum": "{0} + {1}", "max": "greatest({0}, {1})", "min": "least({0}, {1})"}
 WIDTH = {"": "1", "h": "H", "c": "C", "hc": "(H * C)"}
 PLACE = {"": "", "h": " + h", "c": " + c", "hc": " + (h * C + c)"}
 NUMBERS = ("nodes", "edges", "split", "halvings")

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice  # noqa: F401  generated code calls it
 
+from ..blocks.triton_numbers import greatest, least
+
 
 @triton.jit
 def owner(pointer, nodes, halvings, place):
@@ -93,16 +95,6 @@ def packed(mask, LANES: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def smaller(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def quotient(a, b):
     """To the last bit, as torch has it."""
     if b.dtype == tl.float64:
@@ -146,7 +138,7 @@ def join_kernel(
             if KIND == "sum":
                 a = a + x
             elif KIND == "max":
-                a = larger(a, x)
+                a = greatest(a, x)
             else:
-                a = smaller(a, x)
+                a = least(a, x)
         tl.store(out + node * WIDTH + f, folded(a, 0, KIND).to(out.dtype.element_ty), mask=f < WIDTH)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks.triton_tile import on_device
+from ..blocks.triton_numbers import EXACT
+from ..blocks.triton_tile import THREADS, on_device
 from . import triton_lanes
 from .group import Grouping
 from .program import REDUCTIONS, Output, packed, parse, width
@@ -31,8 +32,6 @@ WIDEST = 256  # elements of a row in a tile, if it need not have all of a row
 MOST_LANES = 256
 MOST_OF_A_THREAD = 64  # elements of a tile
 AT_ONCE = 8  # pieces that are joined at a time
-THREADS = 32  # per warp
-EXACT = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)

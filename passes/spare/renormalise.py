@@ -21,7 +21,6 @@ from torch import fx
 
 from actcompile.kernels.edges.program import parse
 
-from ..graph import _torch
 from ..graph.bias import STABLE, Dependence
 from ..graph.find import SavedActivation
 from ..graph.split import Split, call, is_input, is_tensor, is_view, writes
@@ -92,7 +91,7 @@ class _Copy:
     """A copy of a chain in backward, in place of what was saved of it."""
 
     def __init__(self, split: Split, activation: SavedActivation) -> None:
-        self.split, self.activation, self.old = split, activation, activation.placeholder
+        self.split, self.old = split, activation.placeholder
         self.here = {n: p for n, p in split.pairs if n is not activation.node}
 
     def write(self, chain: list[fx.Node]) -> bool:
@@ -107,18 +106,17 @@ class _Copy:
         with graph.inserting_before(min(self.old.users)):
             here = {n: self._in_backward(n) for n in needed}
             number = self.split.size_in_backward(size)
-            sort = self._grouped(here[by], row, number) if grouped else []
+            sort = []
+            if grouped:  # as what else goes by these nodes groups them: `arrange` makes one of all
+                both = call(graph, ops.group_edges.default, here[by], row, number, like=self.old)
+                sort = [call(graph, operator.getitem, both, i, like=self.old) for i in range(2)]
             result = call(
                 graph, ops.edges.default, program, here[by], row, number, heads, columns, [here[n] for n in indices],  # type: ignore[union-attr]
                 rows, [here[n] for n in operands], sort, like=self.old,  # type: ignore[union-attr]
             )  # fmt: skip
             result.meta |= {key: sums.meta[key] for key in sums.meta if key.startswith("actcompile")}
-            copies = [result]
             for node in reversed(chain[:-1]):
                 result = call(graph, node.target, result, *node.args[1:], like=self.old, **node.kwargs)
-                copies.append(result)
-        for copy in copies:
-            copy.meta["rebuilds"] = self.activation.node.name
         result.meta["val"] = self.old.meta["val"]
         # Rounding a score moves its term by a share, however small that is, and no term is negative: so with the sum.
         result.meta[STABLE] = True
@@ -134,30 +132,6 @@ class _Copy:
             self.here[node] = self.split.backward.graph.node_copy(node, inputs.__getitem__)
         return self.here[node]
 
-    def _grouped(self, by: fx.Node, row: Any, nodes: Any) -> list[fx.Node]:
-        """The grouping that backward makes anyway, made earlier; or one more."""
-        graph, size = self.split.backward.graph, _value(nodes)
-        before = min(self.old.users)
-        both = next(
-            (
-                node
-                for node in graph.find_nodes(op="call_function", target=ops.group_edges.default)
-                if node.args[0] is by and node.args[1] == row and _torch.known_true(_value(node.args[2]) == size)
-            ),
-            None,
-        )
-        if both is not None and both < before:
-            known = {part.args[1]: part for part in both.users}
-            return [known[0], known[1]]
-        made = call(graph, ops.group_edges.default, by, row, nodes, like=self.old)
-        parts = [call(graph, operator.getitem, made, i, like=self.old) for i in range(2)]
-        for part in list(both.users) if both is not None else ():
-            part.replace_all_uses_with(parts[part.args[1]])  # type: ignore[index]
-            graph.erase_node(part)
-        if both is not None:
-            graph.erase_node(both)
-        return parts
-
 
 def _is_alive(node: fx.Node) -> bool:
     """Whether a node is an input that backward finds as forward did."""
@@ -168,7 +142,3 @@ def _is_number(node: fx.Node) -> bool:
     """Whether a node makes one number of inputs, or of nothing."""
     one = node.op == "call_function" and is_tensor(node) and node.meta["val"].dim() == 0
     return one and all(_is_alive(n) or _is_number(n) for n in node.all_input_nodes)
-
-
-def _value(size: Any) -> Any:
-    return size.meta["val"] if isinstance(size, fx.Node) else size

@@ -1,7 +1,7 @@
-"""`arrange`: the other ends of edges that a graph groups itself are put into the order of the grouping once.
+"""`arrange`: edges that a graph makes are grouped once for each direction, and so are their other ends arranged.
 
-Every layer's message passing takes them in that order, forward and backward each in its own. For edges that are inputs
-both are remembered; of edges that a graph makes, self-loops among them, each op would arrange them anew.
+Every layer's message passing takes these in the order of the grouping, forward and backward each in its own. For edges
+that are inputs both are remembered; of edges that a graph makes, self-loops among them, each op would do it anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Key = tuple[fx.Node, int, fx.Node, str]
 
 
 def arrange(graph: fx.Graph) -> None:
-    """Has the calls of `edges` and `aggregate` that arrange the same index alike share what comes of it, in place."""
+    """Has the calls of `edges` and `aggregate` that group and arrange the same indices alike share it, in place."""
+    _group_once(graph)
     found: dict[Key, list[tuple[fx.Node, int, fx.Node]]] = {}
     for node in graph.nodes:
         for slot, key, matrix in _arranged_by(node):
@@ -39,6 +40,22 @@ def arrange(graph: fx.Graph) -> None:
             shared = call(graph, ops.arrange_edges.default, index, row, nodes, order, like=first)
         for node, slot, _ in users:
             _take(node, slot, shared)
+
+
+def _group_once(graph: fx.Graph) -> None:
+    """Leaves the first grouping of those that are alike."""
+    known: dict[object, fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=ops.group_edges.default):
+        by, row, nodes = node.args
+        size = nodes.meta["val"] if isinstance(nodes, fx.Node) else nodes
+        first = known.setdefault((by, row, str(size)), node)
+        if first is node:
+            continue
+        parts = {part.args[1]: part for part in first.users}
+        for part in list(node.users):
+            part.replace_all_uses_with(parts[part.args[1]])
+            graph.erase_node(part)
+        graph.erase_node(node)
 
 
 def _arranged_by(node: fx.Node) -> Iterator[tuple[int, Key, fx.Node]]:

@@ -107,11 +107,11 @@ def test_opcheck(size, source, dtype):
     floats do not have: they are compared here."""
     x = values("normal", int(np.prod(size)), 0).to(source).view(size)
     x = x.transpose(0, -1) if x.dim() else x
-    torch.library.opcheck(cast_fp8, (x, dtype))
+    torch.library.opcheck(cast_fp8.overload, (x, dtype))
     parts = cast_fp8(x, dtype)
     before = [t.clone() for t in parts]
     tests = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
-    torch.library.opcheck(restore_fp8, (*parts, source), test_utils=tests)
+    torch.library.opcheck(restore_fp8.overload, (*parts, source), test_utils=tests)
     assert all(torch.equal(t.view(torch.uint8), b.view(torch.uint8)) for t, b in zip(parts, before, strict=True))
 
 

@@ -108,8 +108,8 @@ def test_fakes_do_not_guard_on_the_number_of_rows():
 @pytest.mark.parametrize("size", [(9, 7), (2, 3, 5), (0, 5)], ids=str)
 def test_opcheck(size, dtype):
     x = values("normal", int(np.prod(size)), 0).to(dtype).view(size).transpose(0, -2)
-    torch.library.opcheck(low_rank, (x, 2))
-    torch.library.opcheck(restore_low_rank, (*low_rank(x, 2), list(x.shape)))
+    torch.library.opcheck(low_rank.overload, (x, 2))
+    torch.library.opcheck(restore_low_rank.overload, (*low_rank(x, 2), list(x.shape)))
 
 
 @pytest.mark.parametrize("rank", [0, 8, -1])

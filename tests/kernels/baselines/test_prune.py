@@ -104,8 +104,8 @@ def test_fakes_do_not_guard_on_the_number_of_rows():
 @pytest.mark.parametrize("size", [(4, 7), (2, 3, 5), (0, 5), (300, 2)], ids=str)
 def test_opcheck(size, dtype):
     x = values("normal", int(np.prod(size)), 0).to(dtype).view(size).transpose(0, -2)
-    torch.library.opcheck(prune, (x, 2))
-    torch.library.opcheck(restore_pruned, (*prune(x, 2), list(x.shape)))
+    torch.library.opcheck(prune.overload, (x, 2))
+    torch.library.opcheck(restore_pruned.overload, (*prune(x, 2), list(x.shape)))
 
 
 @pytest.mark.parametrize("kept", [0, 8, -1])

@@ -269,8 +269,8 @@ def test_fakes_do_not_guard_on_the_number_of_rows():
 @pytest.mark.parametrize("size", [(9, 7), (2, 3, 5), (0, 5), (1, 5)], ids=str)
 def test_opcheck(size, dtype):
     x = values("normal", int(np.prod(size)), 0).to(dtype).view(size).transpose(0, -2)
-    torch.library.opcheck(sample_rows, (x, SEED, 2, 3))
-    torch.library.opcheck(restore_rows, (*sample_rows(x, SEED, 2, 3), list(x.shape)))
+    torch.library.opcheck(sample_rows.overload, (x, SEED, 2, 3))
+    torch.library.opcheck(restore_rows.overload, (*sample_rows(x, SEED, 2, 3), list(x.shape)))
 
 
 def test_what_cannot_be_is_refused():

@@ -27,8 +27,7 @@ def on_gpu(name, kind, dtype):
 def test_gradients_are_those_of_eager(name, kind, graphs):  # noqa: F811
     model, inputs, wanted = on_gpu(name, kind, torch.float64)
     assert_same(step(compiled(model), inputs, wanted), step(model, inputs, wanted))
-    assert name not in FUSED or called(graphs, ops.edges.default)
-    assert name not in SUMS or called(graphs, ops.aggregate.default)
+    assert called(graphs, ops.edges.default if name in FUSED else ops.aggregate.default)
 
 
 @pytest.mark.parametrize("name", ["SAGE mean", "SAGE max", "GAT without self-loops", "own relu"])

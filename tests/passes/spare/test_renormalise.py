@@ -72,6 +72,9 @@ def test_the_sum_is_taken_again_in_backward(name, dynamic, graphs):  # noqa: F81
     step(compiled, inputs, model.parameters())
     forward, backward = graphs[-1]
     assert len(list(sums_of_exponentials(forward))) == len(list(sums_of_exponentials(backward))) == 1
+    for graph in (forward, backward):  # edges are decoded, grouped and arranged for all that goes over them at once
+        assert len(graph.find_nodes(op="call_function", target=ops.widen.default)) <= 1
+        assert len(graph.find_nodes(op="call_function", target=ops.group_edges.default)) <= 2
 
 
 @pytest.mark.parametrize("name", MODELS)
