@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import fx
 
-from ..graph.split import Split, call, is_tensor
+from ..graph.split import Split, call, is_size, is_tensor
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ def hoist_comparisons(split: Split, kept: Collection[fx.Node] = ()) -> None:
         if node.op != "call_function" or not is_pure(node) or not all(n in hoistable for n in node.all_input_nodes):
             continue
         hoistable.add(node)
-        if any(n in rounded for n in node.all_input_nodes):
+        if any(n in rounded for n in node.all_input_nodes) and not is_size(node):  # a tensor's size is not rounded
             rounded.add(node)
             if node.target is aten.sign.default:
                 comparisons = _spell_sign(split.backward.graph, node)

@@ -49,7 +49,7 @@ def _group_once(graph: fx.Graph) -> None:
         by, row, nodes = node.args
         size = nodes.meta["val"] if isinstance(nodes, fx.Node) else nodes
         first = known.setdefault((by, row, str(size)), node)
-        if first is node:
+        if first is node or any(user.op == "output" for part in node.users for user in part.users):
             continue
         parts = {part.args[1]: part for part in first.users}
         for part in list(node.users):

@@ -1,5 +1,7 @@
 """Edges that a graph makes are arranged once for each direction, whatever the number of layers that go over them."""
 
+import operator
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch_geometric.utils import add_self_loops
 from actcompile.kernels.edges import ops as edges_ops
 from actcompile.kernels.edges.ops import ARRANGED, aggregate, arrange_edges, edges, group_edges
 from actcompile.kernels.edges.program import Operand, Output, Program, Step
+from actcompile.passes.write.arrange import arrange
 from tests.passes.edges.test_edges import called, check, graphs  # noqa: F401
 
 ops = torch.ops.actcompile
@@ -99,3 +102,19 @@ def test_op_is_registered_in_order():
     _, edge_index = inputs()
     order = group_edges(edge_index, 1, NODES)[1]
     torch.library.opcheck(arrange_edges.overload, (edge_index, 0, NODES, order))
+
+
+def test_groupings_that_are_alike_become_one_unless_they_are_returned():
+    graph = torch.fx.Graph()
+    by, other = graph.placeholder("by"), graph.placeholder("other")
+    made = [
+        [graph.call_function(operator.getitem, (grouping, i)) for i in (0, 1)]
+        for grouping in (graph.call_function(ops.group_edges.default, args) for args in
+                         ((by, 0, NODES), (by, 0, NODES), (by, 1, NODES), (other, 0, NODES), (by, 0, NODES)))
+    ]  # fmt: skip
+    used = [graph.call_function(ops.degree.default, (starts,)) for starts, _ in made]
+    graph.output((*used, made[4][1]))
+    arrange(graph)
+    assert [node.args[0] for node in used] == [made[i][0] for i in (0, 0, 2, 3, 4)]
+    assert graph.output_node().args[0][-1] is made[4][1]
+    graph.lint()
