@@ -221,6 +221,7 @@ class GraphReport:
             by position, and whether they are saved as they are now: graphs that get them later pay nothing then.
         sizes: what the symbols in shapes stand for where bytes are counted.
         bounds: those of them that depend on data, which no run has shown yet: they are at most so large.
+        guesses: those among them that have no bound.
         handed_on: the sizes that forward hands to backward, in order.
         edges: the tensors with a row for each edge that are in memory during a step, forward's first.
         fused: how many regions of message passing, of both directions, run as one op each.
@@ -243,6 +244,7 @@ class GraphReport:
     given: tuple[tuple[int, bool], ...] = ()
     sizes: dict[str, int] = field(default_factory=dict)
     bounds: tuple[str, ...] = ()
+    guesses: tuple[str, ...] = ()
     handed_on: tuple[str, ...] = ()
     edges: tuple[EdgeRow, ...] = ()
     fused: int = 0
@@ -269,6 +271,7 @@ class GraphReport:
             memory_after=self.memory_after.at(merged),
             sizes=merged,
             bounds=tuple(name for name in self.bounds if name not in known),
+            guesses=tuple(name for name in self.guesses if name not in known),
         )
 
     def handed(self) -> tuple[dict[int, Handed], dict[int, Handed]]:
@@ -297,7 +300,7 @@ class GraphReport:
         }
         edges = tuple(EdgeRow(**{**e, "shape": tuple(e["shape"])}) for e in data["edges"])
         memory = {key: Memory.from_dict(data[key]) for key in ("memory_before", "memory_after")}
-        names = {key: tuple(data[key]) for key in ("bounds", "handed_on", "grouped")}
+        names = {key: tuple(data[key]) for key in ("bounds", "guesses", "handed_on", "grouped")}
         handed = {key: tuple((position, kept) for position, kept in data[key]) for key in ("taken", "given")}
         outlook = data["outlook"] and Outlook.from_dict(data["outlook"])
         made = {"rows": rows, "edges": edges, "outlook": outlook, "settings": tupled(data.get("settings", ()))}

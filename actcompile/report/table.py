@@ -63,7 +63,8 @@ def heading(report: ReportData, number: int) -> str:
     graph = report.graphs[number]
     change = f"{human(graph.bytes_before)} -> {human(graph.bytes_after)}"
     mode = "" if graph.training else ", in eval mode"
-    sizes = [f"{name} {'at most' if name in graph.bounds else '='} {size:,}" for name, size in graph.sizes.items()]
+    said = dict.fromkeys(graph.bounds, "at most") | dict.fromkeys(graph.guesses, "perhaps")
+    sizes = [f"{name} {said.get(name, '=')} {size:,}" for name, size in graph.sizes.items()]
     at = f", with {', '.join(map(clean, sizes))}" if sizes else ""
     return f"graph {number} of {len(report.graphs)}, compiled by {clean(graph.inner)}{mode}: {change}{at}"
 

@@ -1,13 +1,15 @@
 """What Dynamo leaves out of graphs by default stays in those of our backends: sizes that depend on data, recurrences.
 
 `x[mask]` and `nonzero`, as in the self-loops of GCNConv and GATConv, make tensors whose size only a run knows. Dynamo
-ends a graph there, unless `torch._dynamo.config.capture_dynamic_output_shape_ops` is set, and at LSTM, GRU and RNN
-modules, unless `allow_rnn` is: for the whole process. Here both are set while a frame is traced for a backend of ours,
-and for nothing else: not for other models, whenever and in whatever thread they are compiled, nor for the Python
-between graphs. Nothing guards on them, so nothing is compiled again for their sake.
+ends a graph there, unless `torch._dynamo.config.capture_dynamic_output_shape_ops` is set, at numbers that Python takes
+from tensors (`int(batch.max()) + 1`, as PyG's pooling counts graphs), unless `capture_scalar_outputs` is, and at LSTM,
+GRU and RNN modules, unless `allow_rnn` is: for the whole process. Here all are set while a frame is traced for a
+backend of ours, and for nothing else: not for other models, whenever and in whatever thread they are compiled, nor for
+the Python between graphs. Nothing guards on them, so nothing is compiled again for their sake.
 
-A frame that cannot be compiled so, because Python, Dynamo or a compiler needs to know such a size, or because a
-recurrence has many steps, is traced again without, as if the setting had never been.
+A frame that cannot be compiled so, because Python, Dynamo or a compiler needs to know such a number, or because a
+recurrence has many steps, is traced again without the settings that may be why, one after the other, as if they had
+never been.
 """
 
 import functools
@@ -34,7 +36,8 @@ from actcompile.passes.plan.fit import Impossible
 
 Backend = TypeVar("Backend", bound=Callable[..., Any])
 
-SIZES, RECURRENCES = "capture_dynamic_output_shape_ops", "allow_rnn"
+SIZES, NUMBERS, RECURRENCES = "capture_dynamic_output_shape_ops", "capture_scalar_outputs", "allow_rnn"
+SETTINGS = RECURRENCES, NUMBERS, SIZES  # in the order in which they are given up
 MOST_STEPS = 16  # of a recurrence, some ten ops each: more are slow to compile
 _capturing: ContextVar[frozenset[str]] = ContextVar(  # without what the user has set
     "actcompile_capturing", default=frozenset()
@@ -53,11 +56,11 @@ NEED_SIZES = GuardOnDataDependentSymNode, AsPythonConstantNotImplementedError
 
 
 def whole_graphs(backend: Backend) -> Backend:
-    """Marks a `torch.compile` backend: sizes that depend on data, and short recurrences, are inside of its graphs."""
+    """Marks a `torch.compile` backend: sizes and numbers that depend on data, short recurrences, are in its graphs."""
 
     @functools.wraps(backend)
     def compile_graph(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-        holds = {SIZES: _depends_on_data(gm), RECURRENCES: _recurs(gm)}
+        holds = {SIZES: _depends_on_data(gm), NUMBERS: _takes_numbers(gm), RECURRENCES: _recurs(gm)}
         captured = frozenset(setting for setting in _capturing.get() if holds[setting])
         if not captured:
             return backend(gm, inputs, **options)
@@ -68,7 +71,7 @@ def whole_graphs(backend: Backend) -> Backend:
         except (RestartAnalysis, Impossible):  # Dynamo traces the frame once more; the user's bounds, not the sizes
             raise
         except Exception as error:
-            raise _Refused("sizes that depend on data, or recurrences, could not be compiled", captured) from error
+            raise _Refused(f"could not be compiled with {', '.join(sorted(captured))}", captured) from error
 
     compile_graph._takes_whole_graphs = True  # type: ignore[attr-defined]
     return compile_graph  # type: ignore[return-value]
@@ -82,7 +85,7 @@ def _with_settings(convert: Callable[..., Any]) -> Callable[..., Any]:
         backend = innermost_backend(self)
         backend = getattr(backend, "compiler_fn", backend)  # torch.compile keeps it in an object of its own
         ours = getattr(backend, "_takes_whole_graphs", False)
-        settings = frozenset(s for s in (SIZES, RECURRENCES) if ours and not getattr(dynamo_config, s))
+        settings = frozenset(s for s in SETTINGS if ours and not getattr(dynamo_config, s))
         while settings:
             token = _capturing.set(settings)
             try:
@@ -91,12 +94,12 @@ def _with_settings(convert: Callable[..., Any]) -> Callable[..., Any]:
                     return convert(self, *args, **options)
             except Exception as error:
                 causes = list(_causes(error))
-                refused = settings & _refused_by(causes)
-                if not refused:
+                refused = next((s for s in SETTINGS if s in settings & _refused_by(causes)), None)
+                if refused is None:
                     raise
-                if any(isinstance(e, AsPythonConstantNotImplementedError) for e in causes):
+                if refused == SIZES and any(isinstance(e, AsPythonConstantNotImplementedError) for e in causes):
                     make_sizes_constant(args[0].f_locals)  # also those that an earlier graph of ours has captured
-                settings -= refused
+                settings -= {refused}
             finally:
                 _capturing.reset(token)
         return convert(self, *args, **options)
@@ -105,13 +108,13 @@ def _with_settings(convert: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refused_by(causes: Iterable[BaseException]) -> set[str]:
-    """The settings without which a frame is to be traced again."""
+    """The settings that may be why a frame cannot be traced or compiled."""
     refused: set[str] = set()
     for error in causes:
         if isinstance(error, _Refused):
             refused |= error.settings
         elif isinstance(error, NEED_SIZES):
-            refused.add(SIZES)
+            refused |= {SIZES, NUMBERS}
     return refused
 
 
@@ -134,6 +137,11 @@ def _depends_on_data(gm: fx.GraphModule) -> bool:
         and free_unbacked_symbols(value)
         for node in gm.graph.nodes
     )
+
+
+def _takes_numbers(gm: fx.GraphModule) -> bool:
+    """Whether Python has numbers of tensors in a graph of Dynamo's."""
+    return any(node.op == "call_method" and node.target == "item" for node in gm.graph.nodes)
 
 
 def _recurs(gm: fx.GraphModule) -> bool:

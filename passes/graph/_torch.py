@@ -382,6 +382,7 @@ def graph_break_of(gm: torch.fx.GraphModule) -> Any:
 
 
 _bounds: "weakref.WeakKeyDictionary[ShapeEnv, dict[Any, int]]" = weakref.WeakKeyDictionary()
+_guesses: "weakref.WeakKeyDictionary[ShapeEnv, dict[Any, int]]" = weakref.WeakKeyDictionary()
 
 
 def size_hint(size: Any, fallback: int = 4096) -> int:
@@ -401,8 +402,14 @@ def _value(symbol: Any, env: ShapeEnv, fallback: int) -> int:
         return traced[symbol]
     if symbol in (known := _bounds.get(env, {})):
         return known[symbol]
+    largest = _largest(symbol, env)
+    return _guesses.get(env, {}).get(symbol, fallback) if largest is None else largest
+
+
+def _largest(symbol: Any, env: ShapeEnv) -> int | None:
+    """The upper end of a symbol's range, if it has one."""
     largest = env.var_to_range[symbol].upper if symbol in env.var_to_range else None
-    return int(largest) if largest is not None and largest < sys.maxsize - 1 else fallback
+    return int(largest) if largest is not None and largest < sys.maxsize - 1 else None
 
 
 def bound(size: Any, largest: int) -> None:
@@ -410,6 +417,18 @@ def bound(size: Any, largest: int) -> None:
     if is_unbacked(size):
         known = _bounds.setdefault(size.node.shape_env, {})
         known[size.node.expr] = min(largest, size_hint(size, largest))
+
+
+def guess(size: Any, value: int) -> None:
+    """Takes down what a size may be whose value depends on data and has no bound."""
+    if is_unbacked(size):
+        _guesses.setdefault(size.node.shape_env, {})[size.node.expr] = value
+
+
+def is_guess(size: Any) -> bool:
+    """Whether `size_hint` has neither a value nor a bound for a symbol."""
+    env, symbol = size.node.shape_env, size.node.expr
+    return is_unbacked(size) and symbol not in _bounds.get(env, {}) and _largest(symbol, env) is None
 
 
 def unify(known: Any, size: Any) -> None:

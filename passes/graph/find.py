@@ -200,11 +200,13 @@ def _bound(index: fx.Node) -> object:
         return None
     bounds = []
     for user in (u for u in index.users if not is_size(u)):
-        whole = _indexed_size(user, index) or (_bound(user) if user.target in WHOLE else None)
+        whole = _indexed_size(user, index)
+        if whole is None and user.target in WHOLE:
+            whole = _bound(user)
         if whole is not None:
             return whole
         bounds.append(_bound(user) if user.target in PARTS else None)
-    return None if None in bounds or not bounds else _torch.largest(bounds)
+    return None if not bounds or any(b is None for b in bounds) else _torch.largest(bounds)
 
 
 def _indexed_size(user: fx.Node, index: fx.Node) -> object:

@@ -5,6 +5,8 @@ Every layer that adds self-loops masks the same edges in the same way. torch mer
 says that they are the same, nor who has the merged ones. So before the cut, equal sizes get one symbol.
 
 What a mask or a `unique` selects is no more than what it selects from. Where bytes decide, that many are counted.
+A number that Python takes from a tensor has no bound. Mostly it is the largest index of a list, as of graphs in a
+batch, so that as many are counted as the list is long, and the report calls it a guess.
 """
 
 import math
@@ -38,6 +40,8 @@ def sizes(joint: fx.Graph) -> None:
         elif (candidates := _selected_from(node)) is not None:
             for size in _sizes(node):
                 _torch.bound(size, _torch.size_hint(math.prod(candidates.shape)))
+        elif node.target is aten._local_scalar_dense.default and (counted := _counted(node)) is not None:
+            _torch.guess(node.meta["val"], _torch.size_hint(math.prod(counted.shape)))
 
 
 def _recipe(node: fx.Node, first: dict[fx.Node, fx.Node]) -> str:
@@ -57,6 +61,17 @@ def _sizes(node: fx.Node) -> list[Any]:
     value = node.meta.get("val")
     values = value if isinstance(value, tuple | list) else [value]
     return [size for v in values for size in (v.shape if isinstance(v, torch.Tensor) else [v])]
+
+
+def _counted(node: fx.Node) -> torch.Tensor | None:
+    """The list of integers whose largest, or other summary, a node takes as a number."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dim():
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    found = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return found if isinstance(found, torch.Tensor) and not found.is_floating_point() else None
 
 
 def _selected_from(node: fx.Node) -> torch.Tensor | None:

@@ -1,10 +1,12 @@
 """Sizes that depend on data stay in the graphs of our backends, and nobody else sees the setting that does it."""
 
+import copy
 import random
 import threading
 
 import pytest
 import torch
+import torch_geometric.nn as pyg
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
@@ -12,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from actcompile import api, compress, explain
-from actcompile.tracing.capture import MOST_STEPS, RECURRENCES, SIZES, whole_graphs
-from tests.helpers import EXACT, FAST, assert_close, gnn, graph, step
+from actcompile.tracing.capture import MOST_STEPS, SETTINGS, SIZES, whole_graphs
+from tests.helpers import EXACT, FAST, assert_close, gnn, graph, held_bytes, step
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +23,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
-    assert not getattr(dynamo_config, SIZES) and not getattr(dynamo_config, RECURRENCES)
+    assert not any(getattr(dynamo_config, setting) for setting in SETTINGS)
     torch._dynamo.reset()
 
 
@@ -61,6 +63,64 @@ class DrawingLater(nn.Module):
         return x.sin() * random.Random(0).randint(1, x.shape[0])
 
 
+class Pooled(nn.Module):
+    """Layers over a batch of graphs whose number PyG's pooling asks for, so that torch's own tracing breaks there."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = (
+            pyg.GINConv(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32))),
+            nn.Linear(32, 2),
+        )
+        self.virtual = nn.Linear(32, 32)
+
+    def forward(self, x, edges, batch):
+        x = self.conv(x, edges).sin()
+        x = x + self.virtual(pyg.global_mean_pool(x, batch))[batch].sigmoid()
+        return self.head(pyg.global_max_pool(x, batch))
+
+
+def molecules(graphs, each=20):
+    """Features, edges and the graph of each node, [graphs * each]."""
+    batch = torch.arange(graphs * each) // each
+    ends = torch.randint(each, (2, 4 * graphs * each)) + batch.repeat(4) * each
+    return torch.randn(graphs * each, 4), ends, batch
+
+
+class Scaled(nn.Module):
+    """A float that Python takes: gradients go through what it multiplies, and not through itself."""
+
+    def forward(self, x):
+        return (x.sin() / x.abs().max().item()).exp() * float(x.sum())
+
+
+class Deciding(nn.Module):
+    """Python branches by a number, in a loop that Dynamo cannot leave halfway."""
+
+    def forward(self, x):
+        for _ in range(2):
+            if int((x > 0).sum()) > 3:
+                x = x.sin()
+        return x
+
+
+class Counting(nn.Module):
+    """Python counts up to a number."""
+
+    def forward(self, x):
+        for _ in range(int((x[0] > 0).sum()) + 1):
+            x = x.sin()
+        return x
+
+
+class Remembering(nn.Module):
+    """What Python keeps of a number is a number."""
+
+    def forward(self, x):
+        self.largest, self.scale = int((x > 0).sum()), x.abs().max().item()
+        return x.sin() * self.largest
+
+
 class Recurrent(nn.Module):
     """Takes a sequence of changing length [nodes, steps, 8] apart, as JumpingKnowledge and Set2Set do."""
 
@@ -94,20 +154,21 @@ def test_explain_traces_as_a_run_does():
     assert not any("graph break" in note for note in report.notes)
 
 
-def test_other_models_do_not_see_the_setting():
+@pytest.mark.parametrize("kind", [Selected, Scaled])
+def test_other_models_do_not_see_the_setting(kind):
     x = torch.randn(20, 4, requires_grad=True)
-    counter, before = counted(Selected())
+    counter, before = counted(kind())
     before(x)
     breaks = counter.frame_count
     assert breaks > 1
-    ours = compress(Selected(), **EXACT)
+    ours = compress(kind(), **EXACT)
     for _ in range(2):
         ours(x).sum().backward()
         before(x)
         assert counter.frame_count == breaks  # nothing guards on the setting
     torch._dynamo.reset()
     ours(x).sum().backward()
-    counter, after = counted(Selected())
+    counter, after = counted(kind())
     after(x)
     assert counter.frame_count == breaks
 
@@ -153,14 +214,46 @@ def test_another_thread_does_not_see_the_setting(monkeypatch):
     assert counter.frame_count == breaks
 
 
-@pytest.mark.parametrize("asking", [Branching, Drawing, DrawingLater])
+@pytest.mark.parametrize("asking", [Branching, Drawing, DrawingLater, Deciding, Counting])
 def test_a_size_that_python_asks_for_ends_the_graph_as_it_did(asking):
     x = torch.randn(20, 4, requires_grad=True)
     counter, compiled = counted(asking())
     compiled(x)
     model = compress(asking(), **EXACT)
     assert_close(step(model, (x,), [x]), step(asking(), (x,), [x]), within=1e-6)
-    assert 1 <= len(explain(model).graphs) <= counter.frame_count
+    assert min(1, counter.frame_count) <= len(explain(model).graphs) <= counter.frame_count
+
+
+def test_the_number_of_graphs_is_in_the_graph():
+    model = Pooled()
+    plain = copy.deepcopy(model)
+    compress(model, **EXACT)
+    for graphs in (5, 7, 1, 12):
+        inputs = molecules(graphs)
+        ours, exact = step(model, inputs, model.parameters()), step(plain, inputs, plain.parameters())
+        assert_close(ours, exact, within=1e-5)
+    report = explain(model)
+    assert len(report.graphs) == 2 and not report.notes  # for the first sizes, and for any
+    inputs = molecules(9)
+    held = held_bytes(model(*inputs), [*inputs, *model.parameters()])
+    assert abs(explain(model).graphs[-1].bytes_after - held) <= 0.02 * held
+
+
+def test_the_number_of_graphs_is_a_guess_before_a_run():
+    (made,) = explain(Pooled(), *molecules(6), options=FAST).graphs
+    assert made.guesses and not made.bounds and all(made.sizes[name] == 120 for name in made.guesses)
+    assert f"{made.guesses[0]} perhaps 120" in str(explain(Pooled(), *molecules(6), options=FAST))
+
+
+@pytest.mark.parametrize("numbered", [Scaled, Remembering])
+def test_numbers_that_python_has_stay_what_they_are(numbered):
+    model, plain = compress(numbered(), **EXACT), numbered()
+    for rows in (20, 21, 33):
+        x = torch.randn(rows, 4, requires_grad=True)
+        assert_close(step(model, (x,), [x]), step(plain, (x,), [x]), within=1e-5)
+        for name in vars(plain).keys() & {"largest", "scale"}:
+            kept, value = vars(model)[name], vars(plain)[name]
+            assert type(kept) is type(value) and kept == value
 
 
 def test_what_a_compiler_cannot_do_with_such_sizes_is_done_without(monkeypatch):
