@@ -1,12 +1,13 @@
 """A process that trains one variant, one command a line: `python -m bench.worker` reads and writes JSON.
 
 Commands: {"start": workload, "kind": its class, "variant": name, "warm_up": steps a batch}, then any of
-{"do": "step" | "saved" | "reported" | "predicted" | "peak" | "bound" | "profile"}, and {"gradients": seeds, "path":
-file}. Every answer is one line; an exception becomes {"error": text}.
+{"do": "step" | "saved" | "reported" | "predicted" | "peak" | "tensors" | "bound" | "profile"}, and
+{"gradients": seeds, "path": file}. Every answer is one line; an exception becomes {"error": text}.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -19,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import actcompile
 from bench.bound import bound
-from bench.measure import Unmeasurable, peak_memory, saved_tensors, seconds
+from bench.measure import Unmeasurable, peak_memory, peak_of_tensors, saved_tensors, seconds
 from bench.variants import VARIANTS
 from bench.workload import Described, Training, Workload
 from bench.zoo import Brought
@@ -85,6 +86,12 @@ class Worker:
         except Unmeasurable as reason:
             return {"bytes": None, "reason": str(reason)}
         return {"bytes": statistics.median(rises)}
+
+    def tensors(self, training: Training) -> dict[str, Any]:
+        """The same, of torch's tensors alone."""
+        step = functools.partial(training.step, 0)
+        on_device = training.device.startswith("cuda")
+        return {"bytes": peak_memory(step, training.device) if on_device else peak_of_tensors(step)}
 
     def bound(self, training: Training) -> dict[str, Any]:
         """The least that a step on the first batch can take, of a variant that runs op by op."""

@@ -9,6 +9,7 @@ one is so for the other.
 What a linear layer returns has such columns, too. Where no norm reads it, `offer` computes the statistics.
 """
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,13 +31,15 @@ FEWEST_ROWS = 64  # below, a column's statistics weigh too much beside the colum
 class Standard:
     """`x = result / scale + sum(plus) - sum(minus)`, all nodes of forward.
 
-    Scale, and each of plus and minus, has one element for each column of `x`.
+    Scale, and each of plus and minus, has one element for each column of `x`. Where `x` is the norm's input less its
+    mean, `uncentred` are these two: encoding takes off the mean as it reads the input, so that `x` need not be made.
     """
 
     result: fx.Node
     scale: fx.Node
     plus: tuple[fx.Node, ...] = ()
     minus: tuple[fx.Node, ...] = ()
+    uncentred: tuple[fx.Node, fx.Node] | None = None
 
 
 def standard(node: fx.Node) -> Standard | None:
@@ -58,9 +61,10 @@ def standard(node: fx.Node) -> Standard | None:
             if form is not None:
                 return Standard(form.result, form.scale, form.plus, (user.args[1],))  # type: ignore[arg-type]
     if node.target is aten.sub.Tensor and isinstance(node.args[0], fx.Node):
-        form = _normed(node.args[0])
-        if form is not None and isinstance(node.args[1], fx.Node) and root(node.args[1]) is root(form.plus[0]):
-            return Standard(form.result, form.scale)
+        whole, mean = node.args
+        form = _normed(whole)  # type: ignore[arg-type]
+        if form is not None and isinstance(mean, fx.Node) and root(mean) is root(form.plus[0]):
+            return Standard(form.result, form.scale, uncentred=(whole, mean) if _alike(whole, node) else None)  # type: ignore[arg-type]
     return _normed(node)
 
 
@@ -123,6 +127,13 @@ def _normed(x: fx.Node) -> Standard | None:
                 if by_column and _made_of(x, shift) and _made_of(x, scale):  # type: ignore[arg-type]
                     return Standard(result, scale, (shift,))  # type: ignore[arg-type]
     return None
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors have the same dtype, shape and order of memory."""
+    a, b = one.meta["val"], other.meta["val"]
+    same = a.dtype is b.dtype and a.dim() == b.dim() and all(map(_torch.known_true, map(operator.eq, a.shape, b.shape)))
+    return same and memory_order(a) == memory_order(b)
 
 
 def _made_of(x: fx.Node, value: fx.Node) -> bool:

@@ -6,7 +6,7 @@ user's outputs live on for the loss, and gradients from where they are made. Inp
 anyway and count nothing, as nothing outside of the two graphs does.
 
 A compiler that fuses makes no tensor of a pointwise result that only loops read; what such a loop reads has to live
-until then instead. It writes a loop's result into an input that dies there and is as large.
+until then instead. It writes a loop's result into an input that dies there and is as large. It also changes the order.
 """
 
 from __future__ import annotations
@@ -22,20 +22,33 @@ from ..graph import _torch
 from ..graph.find import own_nbytes
 from ..graph.origin import module_path
 from ..graph.split import Split, is_input, is_tensor, is_view, root, writes
+from .order import least_first
 
 aten, ops = torch.ops.aten, torch.ops.actcompile
 
-LOOPS = (  # ours that Inductor makes loops of: see `codecs.lowerings`
+OTHER_LOOPS = (  # beside pointwise ops: moves, constants, and ours that Inductor makes loops of: `codecs.lowerings`
+    *(aten.cat.default, aten.index.Tensor, aten.gather.default, aten.constant_pad_nd.default, aten.embedding.default),
+    *(aten.full.default, aten.arange.start_step, aten.scalar_tensor.default),
     *(ops.narrow.default, ops.widen.default, ops.mask_to_bytes.default, ops.bytes_to_mask.default),
     ops.random_mask.default,
 )
-MOVES = (aten.cat.default, aten.index.Tensor, aten.gather.default, aten.constant_pad_nd.default, aten.embedding.default)
 SUMS = (
     *(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default, aten.amin.default),
     *(aten.var_mean.correction, aten.var.correction, aten.any.default, aten.any.dim, aten.prod.default),
     *(aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten._softmax.default),
     aten.index_put.default,
 )
+
+
+HEAVY = (
+    aten.exp.default,
+    aten.log.default,
+    aten.log1p.default,
+    aten.log2.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+)
+MOST_READS, MOST_READS_ON_CUDA, MOST_READS_AGAIN = 12, 8, 4  # Inductor's defaults
 
 
 @dataclass(frozen=True)
@@ -96,10 +109,10 @@ def lifetimes(split: Split, fuses: bool) -> list[Lifetime]:
         if is_tensor(node):
             saved.setdefault(root(node), []).append(placeholder)
     inputs = [n for n in split.forward.graph.find_nodes(op="placeholder") if is_input(n)]
-    forward = _memory(_Reads(split.forward.graph, 0, fuses), saved.keys() | outputs, inputs)
-    reads = _Reads(split.backward.graph, start, fuses)
+    forward, _ = _memory(split.forward.graph, 0, fuses, saved.keys() | outputs, inputs)
     gradients = {root(n) for n in split.backward.graph.output_node().all_input_nodes}
-    backward = _memory(reads, gradients, [p for n, p in split.pairs if root(n) not in forward])
+    free = [p for n, p in split.pairs if root(n) not in forward]
+    backward, reads = _memory(split.backward.graph, start, fuses, gradients, free)
     for node, memory in forward.items():
         if node in saved:
             read = [reads.of(p)[0] for p in saved[node]]
@@ -116,43 +129,118 @@ def is_loop(node: fx.Node) -> bool:
     target = node.target
     return (
         isinstance(target, torch._ops.OpOverload)
-        and (torch.Tag.pointwise in target.tags or target.namespace == "prims" or target in (*LOOPS, *MOVES))
+        and (torch.Tag.pointwise in target.tags or target.namespace == "prims" or target in OTHER_LOOPS)
         and not is_view(node)
         and not _torch.makes_sizes(node)  # a selection by a mask is a call
+        and product_added(node) is None
     )
 
 
-class _Reads:
-    """Where the values of a graph are read, by positions in the step."""
+def product_added(node: fx.Node) -> fx.Node | None:
+    """The product that Inductor, on the CPU, adds to another tensor in one call (`addmm`), where `node` is the sum."""
+    if node.target is not aten.add.Tensor or not all(isinstance(a, fx.Node) and is_tensor(a) for a in node.args):
+        return None
+    for product in node.args:
+        same = product.meta["val"].shape == node.meta["val"].shape  # type: ignore[union-attr]
+        if same and product.target is aten.mm.default and len(product.users) == 1 and not node.meta["val"].is_cuda:  # type: ignore[union-attr]
+            return product  # type: ignore[return-value]
+    return None
+
+
+class Reads:
+    """What reads the values of a graph, and where, by positions in the step."""
 
     def __init__(self, graph: fx.Graph, offset: int, fuses: bool) -> None:
-        self.graph, self.fuses = graph, fuses
-        self.position = {node: offset + i for i, node in enumerate(graph.nodes)}
+        self.fuses, self.offset = fuses, offset
         self.returned = {root(n) for n in graph.output_node().all_input_nodes}
-        self._of: dict[fx.Node, list[int]] = {}
+        self._readers: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self._inlined: set[fx.Node] = _inlined(graph, self.returned) if fuses else set()
+        self.follow(graph.nodes)
+
+    def follow(self, order: Iterable[fx.Node]) -> None:
+        """Takes the nodes as run in this order, instead of the graph's."""
+        self.position = {node: self.offset + i for i, node in enumerate(order)}
 
     def of(self, node: fx.Node) -> list[int]:
         """The positions at which a value is read, itself or a view of it; its own where it is not."""
-        if node not in self._of:
-            found: set[int] = set()
+        return sorted(self.position[n] for n in self.readers(node) or (node,))
+
+    def readers(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The ops that read a value, itself or a view of it, or that loops read it for."""
+        if node not in self._readers:
+            found: dict[fx.Node, None] = {}
             for user in node.users:
                 if is_view(user) or self.inlined(user):
-                    found.update(self.of(user))
+                    found |= dict.fromkeys(self.readers(user))
                 elif user.op != "output":
-                    found.add(self.position[user])
-            self._of[node] = sorted(found or {self.position[node]})
-        return self._of[node]
+                    found[user] = None
+            self._readers[node] = tuple(found)
+        return self._readers[node]
 
     def inlined(self, node: fx.Node) -> bool:
         """Whether no tensor is made of a value: it is computed where loops read it."""
-        return self.fuses and is_loop(node) and node not in self.returned and bool(node.users) and self._in_loops(node)
-
-    def _in_loops(self, node: fx.Node) -> bool:
-        return all(self._in_loops(u) if is_view(u) else is_loop(u) or u.target in SUMS for u in node.users)
+        return node in self._inlined
 
 
-def _memory(reads: _Reads, kept: Collection[fx.Node], free: Collection[fx.Node]) -> dict[fx.Node, Lifetime]:
-    """The memory of what a graph makes or is given, without what is `free`; until it is read last, whatever is kept."""
+def _inlined(graph: fx.Graph, returned: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes that are computed where loops read them.
+
+    Inductor makes a tensor of what reads many others, or is used again and reads some, or costs much to compute again
+    (`StorageBox.has_exceeded_max_reads`, `should_realize_on_reuse`).
+    """
+    found: set[fx.Node] = set()
+    heavy: set[fx.Node] = set()
+    read: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in graph.nodes:
+        read[node] = frozenset((node,))
+        if node.target is aten.mm.default and any(product_added(user) is node for user in node.users):
+            found.add(node)
+            read[node] = frozenset[fx.Node]().union(*(read[n] for n in node.all_input_nodes))
+        elif is_view(node):
+            read[node] = read[node.args[0]]
+            heavy.update((node,) if node.args[0] in heavy else ())
+        elif is_loop(node) and node not in returned and node.users and _in_loops(node):
+            through = frozenset[fx.Node]().union(*(read[n] for n in node.all_input_nodes))
+            costly = node.target in HEAVY or any(n in heavy for n in node.all_input_nodes)
+            most = MOST_READS_ON_CUDA if node.meta["val"].is_cuda else MOST_READS
+            again = len(node.users) > 1 and (costly or len(through) > MOST_READS_AGAIN)
+            if len(through) <= most and not again:
+                found.add(node)
+                read[node] = through
+                heavy.update((node,) if costly else ())
+    return found
+
+
+def _in_loops(node: fx.Node) -> bool:
+    return all(_in_loops(u) if is_view(u) else is_loop(u) or u.target in SUMS for u in node.users)
+
+
+def _memory(
+    graph: fx.Graph, offset: int, fuses: bool, kept: Collection[fx.Node], free: Collection[fx.Node]
+) -> tuple[dict[fx.Node, Lifetime], Reads]:
+    """The memory of what a graph makes or is given, without what is `free`; until it is read last, whatever is kept.
+
+    A compiler that fuses also orders: of the graph's order and the one of `least_first` it takes the lower one.
+    """
+    reads = Reads(graph, offset, fuses)
+    made = _ordered(reads, kept, free)
+    if not fuses:
+        return made, reads
+    order = least_first(graph, {n: m.nbytes for n, m in made.items()}, kept, reads.inlined)
+    other = Reads(graph, offset, fuses)
+    other.follow(order)
+    again = _ordered(other, kept, free)
+    return min((made, reads), (again, other), key=lambda found: _peak(found[0], kept, offset, len(order)))
+
+
+def _peak(made: dict[fx.Node, Lifetime], kept: Collection[fx.Node], offset: int, positions: int) -> int:
+    end = offset + positions - 1
+    alive = (replace(m, first=m.first - offset, last=(end if n in kept else m.last) - offset) for n, m in made.items())
+    return max(live_bytes(alive, positions), default=0)
+
+
+def _ordered(reads: Reads, kept: Collection[fx.Node], free: Collection[fx.Node]) -> dict[fx.Node, Lifetime]:
+    """The same, in the order of `reads`."""
     made: dict[fx.Node, Lifetime] = {}
     for node, position in reads.position.items():
         if not is_tensor(node) or is_view(node) or node.op == "get_attr" or node in free or writes(node):

@@ -47,6 +47,9 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
         form = standard(activation.node)
         assert form is not None  # plan asked
         by, units = functools.partial(_columns, split, form), (form.scale, *form.plus, *form.minus)
+        if form.uncentred is not None:
+            source, mean = form.uncentred
+            units += (mean,)
     with _after(split, (source, *units), seeds):
         x = source
         if order != list(range(value.dim())):
@@ -74,8 +77,13 @@ def _encode(split: Split, choice: Choice, seeds: Seeds) -> None:
 
 
 def _columns(split: Split, form: Standard, graph: fx.Graph) -> tuple[fx.Node | None, fx.Node]:
-    """The shift, `sum(plus) - sum(minus)`, and the scale of a standardised form, in one of the graphs."""
+    """The shift, `sum(plus) - sum(minus)`, and the scale of a standardised form, in one of the graphs.
+
+    In forward the mean is the shift of what is not centred yet; backward asks for what is.
+    """
     here = dict(split.pairs)
+    if form.uncentred is not None and graph is split.forward.graph:
+        return form.uncentred[1], form.scale
 
     def column(node: fx.Node) -> fx.Node:
         if graph is split.forward.graph:

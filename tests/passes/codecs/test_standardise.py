@@ -6,6 +6,7 @@ from torch import nn
 from torch_geometric.nn import GCNConv, SAGEConv
 
 import actcompile
+from actcompile.passes.codecs import standardise
 from actcompile.passes.codecs.standardise import standard
 from tests.helpers import SAVED, assert_close, gnn, graph, step, uncompressed
 
@@ -85,6 +86,25 @@ def forms(model):
 
     uncompressed(model, transform)(torch.randn(64, 16))
     return seen
+
+
+def test_what_is_saved_less_its_mean_is_encoded_as_it_is_read(monkeypatch):
+    """The mean is taken off as the norm's input is encoded: nothing else is rounded, and no tensor is made for it."""
+    inputs, results, read = graph(), [], []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(standardise, "_alike", lambda one, other: False)
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = actcompile.compress(WithoutDropout(SAGEConv), **TWO)
+        torch.manual_seed(1)
+        results.append(step(model, inputs, model.parameters()))
+        (made,) = actcompile.explain(model).graphs
+        nodes = {node.name: node for node in made.forward_nodes}
+        read.append(["sub" in nodes[n.inputs[0]].op for n in nodes.values() if n.op.startswith("actcompile.quantize")])
+    assert any(read[1]) and not any(read[0])
+    for ours, as_before in zip(*results, strict=True):
+        assert torch.equal(ours, as_before)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.Identity()], ids=["by row", "none"])
