@@ -49,6 +49,7 @@ HEAVY = (
     aten.tanh.default,
 )
 MOST_READS, MOST_READS_ON_CUDA, MOST_READS_AGAIN = 12, 8, 4  # Inductor's defaults
+ENCODERS = (ops.quantize.default, ops.pack_bits.default)
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _inlined(graph: fx.Graph, returned: Collection[fx.Node]) -> set[fx.Node]:
     heavy: set[fx.Node] = set()
     read: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:
-        read[node] = frozenset((node,))
+        read[node] = frozenset((node,) if is_tensor(node) else ())
         if node.target is aten.mm.default and any(product_added(user) is node for user in node.users):
             found.add(node)
             read[node] = frozenset[fx.Node]().union(*(read[n] for n in node.all_input_nodes))
@@ -203,7 +204,8 @@ def _inlined(graph: fx.Graph, returned: Collection[fx.Node]) -> set[fx.Node]:
             through = frozenset[fx.Node]().union(*(read[n] for n in node.all_input_nodes))
             costly = node.target in HEAVY or any(n in heavy for n in node.all_input_nodes)
             most = MOST_READS_ON_CUDA if node.meta["val"].is_cuda else MOST_READS
-            again = len(node.users) > 1 and (costly or len(through) > MOST_READS_AGAIN)
+            whole = sum(n.meta["val"].dim() == node.meta["val"].dim() for n in through)  # not numbers of columns
+            again = len(node.users) > 1 and (costly or whole > MOST_READS_AGAIN)
             if len(through) <= most and not again:
                 found.add(node)
                 read[node] = through
@@ -220,11 +222,12 @@ def _memory(
 ) -> tuple[dict[fx.Node, Lifetime], Reads]:
     """The memory of what a graph makes or is given, without what is `free`; until it is read last, whatever is kept.
 
-    A compiler that fuses also orders: of the graph's order and the one of `least_first` it takes the lower one.
+    A compiler that fuses also orders: of the graph's order and the one of `least_first` it takes the lower one. It
+    fuses afterwards, so that loops come together again: what it can move are encoders.
     """
     reads = Reads(graph, offset, fuses)
     made = _ordered(reads, kept, free)
-    if not fuses:
+    if not fuses or not any(node.target in ENCODERS for node in graph.nodes):
         return made, reads
     order = least_first(graph, {n: m.nbytes for n, m in made.items()}, kept, reads.inlined)
     other = Reads(graph, offset, fuses)
