@@ -126,6 +126,44 @@ def scatters(
     save(figure, path, title)
 
 
+FAR = 1.1  # times as large, or as small: such points are named
+
+
+def agreement(path: Path, title: str, panels: Mapping[str, Mapping[str, Sequence[tuple[str, float, float]]]]) -> None:
+    """One panel for each quantity: {quantity: {family: (name, predicted, measured)}}, beside the line where they agree.
+
+    Both scales are logarithmic; points that are far from the line have their names, others would cover each other.
+    """
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), squeeze=False)
+    for axis, (quantity, families) in zip(axes[0], panels.items(), strict=True):
+        values = [v for points in families.values() for _, *both in points for v in both]
+        ends = (0.8 * min(values), 1.25 * max(values)) if values else (1.0, 10.0)
+        axis.plot(ends, ends, color=BASELINE, linewidth=0.8)
+        for colour, mark, (family, points) in zip(COLOURS, MARKS, families.items(), strict=False):
+            axis.scatter(
+                [p[1] for p in points], [p[2] for p in points], marker=mark, color=colour, alpha=0.8, label=family
+            )
+            for name, predicted, measured in points:
+                if not 1 / FAR <= measured / predicted <= FAR:
+                    below = measured < predicted
+                    place = {"xytext": (7, -9) if below else (-7, 3), "ha": "left" if below else "right"}
+                    axis.annotate(
+                        name, (predicted, measured), textcoords="offset points", fontsize=7, color=colour, **place
+                    )
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            scale.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            scale.set_minor_formatter(ticker.NullFormatter())
+        axis.set_title(quantity, fontsize=10)
+        axis.set_xlabel("predicted", fontsize=8)
+        axis.set_ylabel("measured", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, loc="upper left", frameon=False)
+    save(figure, path, title)
+
+
 def _logarithmic(axis: Any, which: str) -> None:
     """A logarithmic scale with ticks at 1, 2 and 5 times the powers of ten, in plain numbers."""
     axis.set(**{f"{which}scale": "log"})

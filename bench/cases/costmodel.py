@@ -116,17 +116,17 @@ def _pair(predicted: int, measured: int | None) -> str:
 
 
 def _plot(options: Options, models: dict[str, Any], size: str) -> None:
-    peaks: dict[str, list[tuple[str, float, float, float]]] = {"torch.compile": [], "actcompile": []}
-    errors: dict[str, list[tuple[str, float, float, float]]] = {"torch.compile": [], "actcompile": []}
+    peaks: dict[str, list[tuple[str, float, float]]] = {"torch.compile": [], "actcompile": []}
+    errors: dict[str, list[tuple[str, float, float]]] = {f"{bits} bits": [] for bits in BITS}
     for name, found in models.items():
         memory = found["memory"]
         if "error" not in memory:
             for family, key, who in (("torch.compile", "before", "plain"), ("actcompile", "after", "ours")):
                 predicted, measured = memory["predicted"][f"peak_{key}"], memory[who]["tensors"]
-                peaks[family].append((name, predicted / 1e6, measured / 1e6, 0.0))
+                peaks[family].append((name, predicted / 1e6, measured / 1e6))
         for bits in BITS:
             if e := found["errors"][str(bits)]:
-                errors["actcompile"].append((f"{name}, {bits} bits", e["predicted"], e["measured"], 0.0))
+                errors[f"{bits} bits"].append((name, e["predicted"], e["measured"]))
     path = options.out.joinpath(f"{NAME}-{size}.svg")
-    panels = {"peak of a step, MB": peaks, "relative error of the gradients": errors}
-    plots.scatters(path, "The cost model: predicted against measured", "predicted", "measured", panels, curves=False)
+    panels = {"peak of a step, MB of tensors": peaks, "relative error of the gradients, actcompile": errors}
+    plots.agreement(path, "The cost model: predicted against measured", panels)

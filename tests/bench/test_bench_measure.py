@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.measure import relative_error, saved_bytes, saved_tensors
+from bench.measure import peak_of_tensors, relative_error, saved_bytes, saved_tensors
 from bench.variants import with_row_hooks
 
 
@@ -101,3 +101,14 @@ def test_saved_tensor_hooks_baseline_keeps_a_quarter() -> None:
     error = relative_error([p.grad for p in model.parameters() if p.grad is not None], gradients)
     assert kept < 0.3 * saved_bytes(model(x), alive)
     assert 0 < error < 0.05
+
+
+def test_the_peak_of_tensors_is_of_what_is_alive_at_once() -> None:
+    def step() -> torch.Tensor:
+        first = torch.ones(1_000_000)
+        second = first + 1  # 8 MB
+        del first
+        return second * 2  # 8 MB again
+
+    assert 8_000_000 <= peak_of_tensors(step) <= 8_100_000
+    assert 8_000_000 <= peak_of_tensors(step) <= 8_100_000  # nothing is left of the first call
