@@ -102,6 +102,8 @@ def compile_graph(
         cached = _report_cache.attached(compiled)
         if cached is not None:
             reports = [GraphReport.from_dict(cached)]
+        elif _report_cache.lost(compiled):
+            reports = analyse(gm, inputs, config)
     return _noted(compiled, reports), reports
 
 

@@ -100,12 +100,9 @@ def peak_of_tensors(step: Callable[[], object]) -> int:
 
     The resident set has more: what the C library's heap keeps between blocks that were let go, and kernels' own memory.
     """
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found,
-    ):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step()
-        found.stop()
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         found.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]

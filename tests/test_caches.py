@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import torch
 import actcompile
 from actcompile import Config, bits, keep
 from actcompile.backend import Partitioner
+from actcompile.report import cache
 from actcompile.tracing.call import Situation
 
 SCRIPT = """
@@ -59,6 +61,9 @@ print(json.dumps({
 """
 
 
+ANALYSED = int(torch.__version__ < "2.13")  # older caches keep no report: it is made anew, and nothing is compiled
+
+
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
     """Runs one step in a new process, whose caches are this module's own."""
@@ -93,7 +98,7 @@ def test_a_warm_cache_gives_a_config_its_own_graph_and_report(process):
     assert first["gradient"] != other["gradient"]
 
     again = process({"bits": 2})
-    assert again["hits"] == 1 and again["partitioned"] == 0
+    assert again["hits"] == 1 and again["partitioned"] == ANALYSED
     assert {**again, "hits": 0, "partitioned": 1} == first  # the report too, and the gradient of the same seed
     assert process(None)["gradient"] == plain["gradient"]
 
@@ -135,6 +140,16 @@ def key(partitioner: Partitioner) -> bytes:
     pickler.fast = True
     pickler.dump(partitioner)
     return stream.getvalue()
+
+
+def test_whether_a_cache_has_lost_a_report():
+    def loaded(**entry):
+        return SimpleNamespace(serialize=lambda: SimpleNamespace(**entry))
+
+    assert cache.lost(loaded(compiled_bw=object()))  # as of torch 2.11
+    assert not cache.lost(loaded(compiled_bw=object(), min_cut_info_str="{}"))
+    assert not cache.lost(loaded(compiled_bw=None))  # for inference
+    assert not cache.lost(lambda: None)  # compiled just now
 
 
 def test_the_partitioner_is_its_config_when_pickled():

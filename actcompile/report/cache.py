@@ -46,6 +46,13 @@ def attached(compiled: Callable[..., Any]) -> dict[str, Any] | None:
     return _read(getattr(serialize(), "min_cut_info_str", None)).get(_FIELD)
 
 
+def lost(compiled: Callable[..., Any]) -> bool:
+    """Whether a graph with a backward comes from a cache that keeps no reports, as that of torch 2.11 does."""
+    serialize = getattr(compiled, "serialize", None)
+    entry = serialize() if serialize is not None else None
+    return getattr(entry, "compiled_bw", None) is not None and not hasattr(entry, "min_cut_info_str")
+
+
 def _read(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
