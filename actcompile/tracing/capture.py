@@ -1,4 +1,4 @@
-"""What Dynamo leaves out of graphs by default stays in those of our backends: sizes that depend on data, recurrences.
+"""What Dynamo leaves out of graphs stays in those of our backends: sizes and numbers that depend on data, recurrences.
 
 `x[mask]` and `nonzero`, as in the self-loops of GCNConv and GATConv, make tensors whose size only a run knows. Dynamo
 ends a graph there, unless `torch._dynamo.config.capture_dynamic_output_shape_ops` is set, at numbers that Python takes

@@ -229,7 +229,7 @@ def _memory(
     made = _ordered(reads, kept, free)
     if not fuses or not any(node.target in ENCODERS for node in graph.nodes):
         return made, reads
-    order = least_first(graph, {n: m.nbytes for n, m in made.items()}, kept, reads.inlined)
+    order = least_first(graph, {n: m.nbytes for n, m in made.items()}, kept, reads.readers, reads.inlined)
     other = Reads(graph, offset, fuses)
     other.follow(order)
     again = _ordered(other, kept, free)

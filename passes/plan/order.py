@@ -7,7 +7,7 @@ run, the one after which least is alive, among those that stay under the peak so
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import fx
 
@@ -15,29 +15,32 @@ from ..graph.split import is_size, is_view, root, writes
 
 
 def least_first(
-    graph: fx.Graph, nbytes: Mapping[fx.Node, int], kept: Collection[fx.Node], inlined: Callable[[fx.Node], bool]
+    graph: fx.Graph,
+    nbytes: Mapping[fx.Node, int],
+    kept: Collection[fx.Node],
+    readers_of: Callable[[fx.Node], Iterable[fx.Node]],
+    inlined: Callable[[fx.Node], bool],
 ) -> list[fx.Node]:
     """The nodes of a graph in that order, which is one of their topological orders.
 
     Args:
         nbytes: of the memory that the graph makes, or is given to let go: by the node that it is of.
         kept: memory that outlives the graph.
+        readers_of: the ops that read a node's memory, themselves or through loops.
         inlined: whether an op is computed where loops read it.
     """
     nodes = list(graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     steps = [n for n in nodes if n.op == "call_function" and not _goes_along(n) and not inlined(n)]
     needs = _dependencies(nodes, set(steps))
-    reads: dict[fx.Node, set[fx.Node]] = {}  # by step, the memory that it reads
+    reads: dict[fx.Node, set[fx.Node]] = defaultdict(set)  # by step, the memory that it reads
     makes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for memory in nbytes:
         makes[memory.args[0] if memory.target is operator.getitem else memory].append(memory)  # type: ignore[index]
-    for step in steps:
-        reads[step] = {m for m in _memory_of(step, inlined) if m in nbytes and m not in kept}
-    readers: dict[fx.Node, set[fx.Node]] = defaultdict(set)
-    for step in steps:
-        for memory in reads[step]:
-            readers[memory].add(step)
+    readers = {m: set(readers_of(m)).intersection(steps) for m in nbytes if m not in kept}
+    for memory, found in readers.items():
+        for step in found:
+            reads[step].add(memory)
 
     waiting = {step: len(needs[step]) for step in steps}
     after: dict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -101,18 +104,6 @@ def _written_memory(node: fx.Node) -> fx.Node:
     while writes(node := root(node)) and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
-
-
-def _memory_of(step: fx.Node, inlined: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """The memory that a step reads, itself or through loops."""
-    found, todo = set[fx.Node](), list(step.all_input_nodes)
-    while todo:
-        node = root(todo.pop())
-        if node not in found:
-            found.add(node)
-            if inlined(node):
-                todo += node.all_input_nodes
-    return found
 
 
 def _with_others(nodes: list[fx.Node], ordered: list[fx.Node], steps: Collection[fx.Node]) -> list[fx.Node]:
